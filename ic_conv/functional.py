@@ -5,10 +5,52 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ic_conv.ops import ic_conv2d as _ic_conv2d
 from ic_conv.ops import involution2d as _involution2d
 from ic_conv.ops.checks import Pair
 
-__all__ = ["involution2d"]
+__all__ = ["ic_conv2d", "involution2d"]
+
+
+def ic_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: _ic_conv2d.Branches,
+    stride: int | Pair = 1,
+    groups: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve with a dilation of its own for each output channel (inception convolution, CVPR 2021).
+
+    N batch, C_in and C_out channels, G groups, H x W input size, Kh x Kw kernel, Ho x Wo output size. Output
+    channel c of a branch with dilation (dy, dx) is that of a plain convolution with this dilation and a
+    zero padding of (dy * (Kh - 1) / 2, dx * (Kw - 1) / 2).
+
+    Args:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in / G, Kh, Kw) with odd Kh and Kw; output channels stand branch by branch.
+        bias: (C_out,), or None.
+        branches: pairs of dilation (dy, dx) and count, in the order of the output channels. Counts are
+            output channels and sum to C_out; with G > 1 they are groups and sum to G.
+        stride: step in pixels, one int or (vertical, horizontal).
+        groups: G, as in `torch.nn.functional.conv2d`.
+        backend: a name of the operator's table, None for the first that can run the call.
+
+    Returns:
+        (N, C_out, Ho, Wo) with Ho = ceil(H / stride); of the dtype of x, or of autocast.
+
+    Raises:
+        ValueError: sizes, dtypes or devices that disagree, an even kernel, an unknown backend.
+        BackendUnavailableError: the wanted backend cannot run the call.
+
+    Example:
+        >>> x, weight = torch.randn(2, 16, 15, 15), torch.randn(8, 16, 3, 3)
+        >>> ic_conv2d(x, weight, None, [((1, 1), 6), ((1, 4), 2)], stride=2).shape
+        torch.Size([2, 8, 8, 8])
+    """
+    call = _ic_conv2d.checked_call(x, weight, bias, branches, stride, groups)
+    return _ic_conv2d.IC_CONV2D.choose(call, backend).run(call)
 
 
 def involution2d(

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inception convolution as a layer: a convolution whose output channels have their own dilations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ic_conv.functional import ic_conv2d
+from ic_conv.ops.checks import Pair, as_pair, odd_kernel, same_padding
+from ic_conv.ops.ic_conv2d import IC_CONV2D
+from ic_conv.pattern import Dilation, LayerPattern
+
+
+class ICConv2d(nn.Conv2d):
+    """Inception convolution (Liu et al., "Inception Convolution with Efficient Dilation Search", CVPR 2021).
+
+    A convolution with as many parameters and FLOPs as `torch.nn.Conv2d`, in which each output channel has a
+    dilation of its own. Channels of one dilation stand together, in the order of the pattern's branches.
+    Each branch is padded by dilation * (kernel_size - 1) / 2, so that all have one output size.
+
+    N batch, C_in and C_out channels, G groups, H x W input size, Kh x Kw kernel.
+
+    Args:
+        in_channels, out_channels: C_in and C_out.
+        kernel_size: odd, an int or (Kh, Kw).
+        stride: an int or (vertical, horizontal).
+        padding: 'same', or what it means at dilation 1: (kernel_size - 1) / 2. Nothing else fits.
+        dilation: 1; the pattern holds the dilations.
+        groups: G; with G > 1 the pattern counts groups, each of C_out / G output channels.
+        bias: adds a learnable bias.
+        padding_mode: 'zeros'.
+        device, dtype: of the parameters.
+        pattern: output channels (or groups) per dilation (dy, dx), ``{(1, 1): 48, (1, 4): 16}``, or a
+            LayerPattern. Its assignment, if it has one, is for `ic_conv.apply_pattern` and not followed here.
+        backend: name of an implementation; None takes the fastest that can run.
+
+    Shape:
+        input (N, C_in, H, W), output (N, C_out, Ho, Wo) with Ho = ceil(H / stride).
+
+    Attributes:
+        weight: (C_out, C_in / G, Kh, Kw), in branch order, as is bias (C_out,).
+        branches: int64 (branches, 3), a row (dy, dx, count) for each, so that a checkpoint tells its pattern.
+        output_order: None, or int64 (C_out,): output channel c is channel output_order[c] in branch order.
+        input_order: None, or int64 (C_in,), the same for the input of a grouped layer.
+
+    State dicts load from this layer, from a plain convolution (its channels are taken to be in branch order),
+    and from the published layout, in which each branch was a convolution (``conv_list.0.weight``, ...). One
+    that was saved with another pattern is refused.
+
+    Raises:
+        ValueError: an option breaks a rule; the message says the rule and both values.
+
+    Example:
+        >>> layer = ICConv2d(64, 64, 3, stride=2, pattern={(1, 1): 48, (1, 4): 12, (3, 1): 4})
+        >>> layer(torch.rand(1, 64, 15, 15)).shape
+        torch.Size([1, 64, 8, 8])
+    """
+
+    stride: Pair
+    branches: Tensor
+    output_order: Tensor | None
+    input_order: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair = 3,
+        stride: int | Pair = 1,
+        padding: str | int | Pair = "same",
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        pattern: LayerPattern | Mapping[Dilation, int],
+        backend: str | None = None,
+    ) -> None:
+        kernel = odd_kernel(as_pair(kernel_size, "kernel_size"))
+        same = same_padding(kernel, (1, 1))
+        if padding != "same" and (isinstance(padding, str) or as_pair(padding, "padding", 0) != same):
+            raise ValueError(
+                f"padding must be 'same' or {same}, each branch is padded by its dilation; got {padding!r}"
+            )
+        if as_pair(dilation, "dilation") != (1, 1):
+            raise ValueError(f"dilation must be 1, since the pattern holds the dilations; got {dilation!r}")
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros'; got {padding_mode!r}")
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide the channels; got {groups} for {in_channels} and {out_channels} channels"
+            )
+        layer = pattern if isinstance(pattern, LayerPattern) else LayerPattern.from_counts(pattern)
+        units = out_channels if groups == 1 else groups
+        if layer.units != units:
+            where = f"{layer.name}: " if layer.name else ""
+            kind = "output channels" if groups == 1 else "groups"
+            raise ValueError(f"{where}counts must sum to {units} {kind}; got {layer.units}")
+        super().__init__(
+            in_channels, out_channels, kernel, as_pair(stride, "stride"), same, 1, groups, bias,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.backend = IC_CONV2D.check_name(backend)
+        self.pattern = layer
+        # What forward reads is the tuple: a tensor's values would break torch.compile's graph.
+        self.write_branches()
+        for name in _ORDERS:
+            self.register_buffer(name, None)
+
+    def write_branches(self) -> None:
+        """Makes the buffer `branches` from the pattern, on the weight's device."""
+        self.register_buffer("branches", torch.tensor(_rows(self.pattern), device=self.weight.device))
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.input_order is not None:
+            input = _reorder(input, self.input_order)
+        out = ic_conv2d(input, weight, bias, self.pattern.branches, self.stride, self.groups, self.backend)
+        return out if self.output_order is None else _reorder(out, self.output_order)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"pattern={self.pattern.counts}"]
+        if self.output_order is not None or self.input_order is not None:
+            parts.append("reordered=True")
+        if self.backend is not None:
+            parts.append(f"backend={self.backend!r}")
+        return ", ".join(parts)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        # `state_dict` is load_state_dict's own copy, so its keys may change.
+        own = {name: state_dict.pop(prefix + name, None) for name in ("branches", *_ORDERS)}
+        published = _join_conv_list(state_dict, prefix)
+        rows = _rows(self.pattern)
+        if published is not None and published != [self._channels(count) for *_, count in rows]:
+            wanted = [self._channels(count) for *_, count in rows]
+            error_msgs.append(f"{prefix}conv_list: branches must have {wanted} channels; got {published}")
+            return
+        if own["branches"] is not None and own["branches"].tolist() != rows:
+            error_msgs.append(
+                f"{prefix}branches: must be {rows} (dy, dx, count); got {own['branches'].tolist()}"
+            )
+            return
+        if published is not None or own["branches"] is not None:
+            # The state of an inception convolution says how its channels stand, a plain one's does not.
+            for name in _ORDERS:
+                order = own[name]
+                setattr(self, name, None if order is None else order.to(self.branches.device, copy=True))
+        for name in _ORDERS:
+            if (order := getattr(self, name)) is not None:
+                state_dict[prefix + name] = order
+        state_dict[f"{prefix}branches"] = torch.tensor(rows, device="cpu")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _channels(self, count: int) -> int:
+        """Output channels of `count` units."""
+        return count * (self.out_channels // self.pattern.units)
+
+
+_ORDERS = ("output_order", "input_order")
+
+
+def _rows(pattern: LayerPattern) -> list[list[int]]:
+    return [[dy, dx, count] for (dy, dx), count in pattern.branches]
+
+
+def _join_conv_list(state_dict: dict[str, Any], prefix: str) -> list[int] | None:
+    """Joins the published layout's branches to one weight and bias; returns their channels, or None."""
+    channels = None
+    for name in ("weight", "bias"):
+        parts: list[Tensor] = []
+        while (key := f"{prefix}conv_list.{len(parts)}.{name}") in state_dict:
+            parts.append(state_dict.pop(key))
+        if parts:
+            state_dict[prefix + name] = torch.cat(parts)
+            channels = [len(part) for part in parts]
+    return channels
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Channels of x in a new order, in the memory format of x."""
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return x.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
+    return x.index_select(1, order)
