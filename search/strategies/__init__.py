@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search strategies, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from search.strategies.base import SearchTask, Strategy
+from search.strategies.edo import EDOStrategy, edo
+from search.strategies.hand import HandStrategy
+from search.strategies.random import RandomStrategy
+from search.strategies.uniform import UniformStrategy
+
+STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
+    {cls.name: cls for cls in (EDOStrategy, RandomStrategy, UniformStrategy, HandStrategy)}
+)
+
+__all__ = [
+    "STRATEGIES",
+    "EDOStrategy",
+    "HandStrategy",
+    "RandomStrategy",
+    "SearchTask",
+    "Strategy",
+    "UniformStrategy",
+    "edo",
+]

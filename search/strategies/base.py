@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search strategy is given and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from ic_conv.pattern import DilationPattern
+from search.space import DilationSpace
+from search.supernet import space_of, super_layers
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """Everything that a strategy may look at.
+
+    Args:
+        space: the candidate dilations.
+        units: name and units (channels, or groups of a grouped layer) of each layer, in module order.
+        seed: seed of every random choice.
+        supernet: the trained supernet, for strategies with `needs_supernet`.
+        batches: gives the calibration batches; called once per pass.
+    """
+
+    space: DilationSpace
+    units: Mapping[str, int]
+    seed: int = 0
+    supernet: nn.Module | None = None
+    batches: Callable[[], Iterable[Tensor]] = field(default=lambda: ())
+
+    @classmethod
+    def of(cls, supernet: nn.Module, batches: Iterable[Any] = (), seed: int = 0) -> SearchTask:
+        """The task of finding the pattern of a supernet."""
+        units = {
+            name: layer.out_channels if layer.groups == 1 else layer.groups
+            for name, layer in super_layers(supernet).items()
+        }
+        return cls(space_of(supernet), units, seed, supernet, lambda: batches)
+
+    def rng(self, layer: int) -> np.random.Generator:
+        """A generator of its own for each layer, so that layers do not depend on each other's draws."""
+        return np.random.default_rng([self.seed, layer])
+
+
+class Strategy(ABC):
+    """Finds a pattern. Options are constructor arguments with defaults; a strategy holds no other state."""
+
+    name: ClassVar[str]
+    needs_supernet: ClassVar[bool] = False
+
+    @abstractmethod
+    def search(self, task: SearchTask) -> DilationPattern:
+        """Returns one named LayerPattern per layer of the task; the same task gives the same pattern."""
