@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
@@ -123,8 +123,10 @@ def _why_unreadable(path: str) -> str | None:
         with Image.open(path) as image:
             image.draft("RGB", (32, 32))  # a JPEG is read to its end, but decoded at low resolution
             image.load()
+    except UnidentifiedImageError:
+        return "not an image"
     except Exception as error:  # Pillow's decoders raise many types
-        return str(error).replace(path, "it") or type(error).__name__
+        return str(error) or type(error).__name__
     return None
 
 

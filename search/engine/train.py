@@ -146,7 +146,10 @@ def _place(task: Task, device: torch.device, options: TrainOptions) -> nn.Module
         return task
     # rank 0's BN statistics count: they are what a checkpoint holds, so a resumed run equals a whole one
     return MMDistributedDataParallel(
-        task, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=True
+        task,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=True,
+        static_graph=True,  # allows parameters without use, as a classifier behind a feature network
     )
 
 
