@@ -48,7 +48,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint must exist, got {path}") from error
     except Exception as error:  # torch raises many types for a file that is none of its own
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"not a checkpoint that torch can read: {path}: {reason}") from error
     if not isinstance(content, dict) or not {"state_dict", "meta"} <= content.keys():
         raise ValueError(f"a checkpoint must hold state_dict and meta: {path}")
