@@ -57,11 +57,12 @@ def checked_call(
             "ic_conv2d needs x (N, C_in, H, W) and weight (C_out, C_in / groups, Kh, Kw);"
             f" got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    tensors = {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    checks.same_device_and_dtype(**tensors)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        # Here once for all backends and branches, as autocast does it for a plain convolution.
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    checks.same_device_and_dtype(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     checks.odd_kernel((weight.shape[2], weight.shape[3]))
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the output channels; got {groups} and {weight.shape[0]}")
@@ -79,11 +80,4 @@ def checked_call(
     if (total := sum(count for _, count in branches)) != units:
         kind = "output channels" if groups == 1 else "groups"
         raise ValueError(f"the branches' counts must sum to {units} {kind}; got {total}")
-    return ICConv2dCall(
-        tensors["x"],
-        tensors["weight"],
-        tensors.get("bias"),
-        branches,
-        checks.as_pair(stride, "stride"),
-        groups,
-    )
+    return ICConv2dCall(x, weight, bias, branches, checks.as_pair(stride, "stride"), groups)
