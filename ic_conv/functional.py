@@ -92,4 +92,4 @@ def involution2d(
         torch.Size([2, 32, 8, 8])
     """
     call = _involution2d.checked_call(x, weight, stride, padding, dilation)
-    return _involution2d.INVOLUTION2D.choose(call, backend).run(call)
+    return _involution2d.involution2d(call, backend)

@@ -1,106 +1,205 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Involution: the checked call and the table of backends.
+"""Involution: the table of backends, and its kernels as PyTorch operators.
 
-Dimension letters: N batch, C channels, G groups, H x W input size, Kh x Kw kernel, Ho x Wo output size.
+The operators let autograd, torch.compile and autocast see one opaque call with a known output, whatever
+computes it. y is linear in x and in weight, so the three operators are each other's derivatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ic_conv.ops import checks
-from ic_conv.ops.backends import reference_involution2d
+from ic_conv.ops._involution2d_call import (
+    Dilation,
+    Geometry,
+    InvolutionCall,
+    Kernels,
+    checked_call,
+    memory_format,
+)
+from ic_conv.ops.backends import reference_involution2d, shift_involution2d
 from ic_conv.ops.checks import Pair
-from ic_conv.ops.dispatch import BackendTable
+from ic_conv.ops.dispatch import Backend, BackendTable
 
-Dilation = int | Pair | Sequence[Pair]
+__all__ = ["INVOLUTION2D", "Dilation", "InvolutionCall", "checked_call", "involution2d"]
 
-
-@dataclass(frozen=True)
-class InvolutionCall:
-    """Checked arguments of one involution.
-
-    Args:
-        x: (N, C, H, W).
-        weight: (N, G, Kh, Kw, Ho, Wo).
-        stride: vertical, horizontal.
-        padding: zeros on each side, one pair per group.
-        dilation: one pair per group.
-    """
-
-    x: Tensor
-    weight: Tensor
-    stride: Pair
-    padding: tuple[Pair, ...]
-    dilation: tuple[Pair, ...]
-
-    @property
-    def kernel(self) -> Pair:
-        return self.weight.shape[2], self.weight.shape[3]
-
-    @property
-    def out_size(self) -> Pair:
-        return self.weight.shape[4], self.weight.shape[5]
-
-    def runs(self) -> Iterator[tuple[slice, Pair, Pair]]:
-        """Neighbouring groups that share one geometry, as (groups, padding, dilation)."""
-        geometry = list(zip(self.padding, self.dilation, strict=True))
-        for (padding, dilation), run in groupby(range(len(geometry)), key=geometry.__getitem__):
-            groups = list(run)
-            yield slice(groups[0], groups[-1] + 1), padding, dilation
+# In order of preference. `cupy_plain` stands behind `shift`, which runs everything: only a request finds it.
+KERNELS: dict[str, Kernels] = {"shift": shift_involution2d}
 
 
-INVOLUTION2D: BackendTable[InvolutionCall] = BackendTable("involution2d", (reference_involution2d.BACKEND,))
+def involution2d(call: InvolutionCall, wanted: str | None = None) -> Tensor:
+    """y (N, C, Ho, Wo) from the first backend that can run the call, or from the wanted one."""
+    if _exporting():
+        return shift_involution2d.traced(call)
+    if not torch.compiler.is_compiling():
+        return INVOLUTION2D.choose(call, wanted).run(call)
+    x = call.x
+    name = _choose_for_compiler(x.device, x.dtype, x.shape[1] // call.geometry.groups, wanted)
+    if name == "reference":
+        return reference_involution2d.involution2d(call)
+    return shift_involution2d.traced(call) if name == "shift" else _run_operator(name, call)
 
 
-def checked_call(
-    x: Tensor, weight: Tensor, stride: int | Pair, padding: int | Pair | None, dilation: Dilation
-) -> InvolutionCall:
-    """The call with every option normalised; ValueError names the broken rule and both values."""
-    if x.dim() != 4 or weight.dim() != 6:
-        raise ValueError(
-            "involution2d needs x (N, C, H, W) and weight (N, G, Kh, Kw, Ho, Wo);"
-            f" got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    checks.same_device_and_dtype(x=x, weight=weight)
-    batch, groups, *kernel = weight.shape[:4]
-    if batch != x.shape[0]:
-        raise ValueError(f"x and weight must have the same batch size; got {x.shape[0]} and {batch}")
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"the weight's groups must divide the channels; got {groups} and {x.shape[1]}")
-    checked_kernel = checks.odd_kernel((kernel[0], kernel[1]))
-    stride = checks.as_pair(stride, "stride")
-    dilations = _per_group(dilation, groups)
-    if padding is None:
-        paddings = tuple(checks.same_padding(checked_kernel, d) for d in dilations)
-    else:
-        paddings = (checks.as_pair(padding, "padding", minimum=0),) * groups
-    call = InvolutionCall(x, weight, stride, paddings, dilations)
-    _check_output_size(call)
-    return call
+def _exporting() -> bool:
+    if torch.jit.is_tracing():
+        return True
+    # Before PyTorch 2.7 compiling is not told from exporting.
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
-def _per_group(dilation: Dilation, groups: int) -> tuple[Pair, ...]:
-    if isinstance(dilation, int) or all(isinstance(d, int) for d in dilation):
-        return (checks.as_pair(dilation, "dilation"),) * groups  # type: ignore[arg-type]
-    pairs = tuple(checks.as_pair(pair, "dilation") for pair in dilation)
-    if len(pairs) != groups:
-        raise ValueError(
-            f"dilation must be one pair, or one pair per group; got {len(pairs)} for {groups} groups"
-        )
-    return pairs
+@torch.compiler.assume_constant_result
+def _choose_for_compiler(device: torch.device, dtype: torch.dtype, channels: int, wanted: str | None) -> str:
+    """The chosen name. Probes and logging cannot be traced, so the compiler runs this once, for one group."""
+    x = torch.empty((0, channels, 1, 1), device=device, dtype=dtype)
+    weight = torch.empty((0, 1, 1, 1, 1, 1), device=device, dtype=dtype)
+    return INVOLUTION2D.choose(checked_call(x, weight, 1, None, 1), wanted).name
 
 
-def _check_output_size(call: InvolutionCall) -> None:
-    size = call.x.shape[2], call.x.shape[3]
-    for _, padding, dilation in call.runs():
-        expected = checks.output_size(size, call.kernel, call.stride, padding, dilation)
-        if min(expected) < 1 or expected != call.out_size:
-            raise ValueError(
-                f"the weight's (Ho, Wo) must be {expected} for an input of {size}, kernel {call.kernel},"
-                f" stride {call.stride}, padding {padding}, dilation {dilation}; got {call.out_size}"
-            )
+def _run_operator(name: str, call: InvolutionCall) -> Tensor:
+    geometry = call.geometry
+    padding, dilation = list(chain(*geometry.padding)), list(chain(*geometry.dilation))
+    return _forward(call.x, call.weight, geometry.stride, padding, dilation, name)
+
+
+INVOLUTION2D: BackendTable[InvolutionCall] = BackendTable(
+    "involution2d",
+    (
+        *(
+            Backend[InvolutionCall](name, kernels.why_not, partial(_run_operator, name))
+            for name, kernels in KERNELS.items()
+        ),
+        reference_involution2d.BACKEND,
+    ),
+)
+
+
+def _geometry(
+    size: Sequence[int],
+    out_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Geometry:
+    """From an operator's arguments, in which the pairs of all groups stand in one list."""
+    return Geometry(
+        _pair(size),
+        _pair(out_size),
+        _pair(kernel),
+        _pair(stride),
+        tuple(zip(padding[::2], padding[1::2], strict=True)),
+        tuple(zip(dilation[::2], dilation[1::2], strict=True)),
+    )
+
+
+def _pair(values: Sequence[int]) -> Pair:
+    return values[0], values[1]
+
+
+@torch.library.custom_op("ic_conv::involution2d", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+) -> Tensor:
+    geometry = _geometry(x.shape[2:], weight.shape[4:], weight.shape[2:4], stride, padding, dilation)
+    return KERNELS[backend].forward(x, weight, geometry)
+
+
+@torch.library.custom_op("ic_conv::involution2d_grad_input", mutates_args=())
+def _grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+) -> Tensor:
+    geometry = _geometry(size, grad.shape[2:], weight.shape[2:4], stride, padding, dilation)
+    return KERNELS[backend].grad_input(grad, weight, geometry)
+
+
+@torch.library.custom_op("ic_conv::involution2d_grad_weight", mutates_args=())
+def _grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+) -> Tensor:
+    geometry = _geometry(x.shape[2:], grad.shape[2:], kernel, stride, padding, dilation)
+    return KERNELS[backend].grad_weight(grad, x, geometry)
+
+
+def _fake_like(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    shape = (tensor.shape[0], tensor.shape[1], size[0], size[1])
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format(tensor))
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return _fake_like(x, weight.shape[4:])
+
+
+@_grad_input.register_fake
+def _(grad: Tensor, weight: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    return _fake_like(grad, size)
+
+
+@_grad_weight.register_fake
+def _(grad: Tensor, x: Tensor, kernel: Sequence[int], stride: Any, padding: Sequence[int], *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], len(padding) // 2, *kernel, *grad.shape[2:]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _backward_of_forward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _grad_input(grad, weight, x.shape[2:], *ctx.options)
+    if ctx.needs_input_grad[1]:
+        grad_weight = _grad_weight(grad, x, weight.shape[2:4], *ctx.options)
+    return grad_x, grad_weight, *(None for _ in ctx.options)
+
+
+def _backward_of_grad_input(ctx: Any, grad_x: Tensor) -> tuple[Any, ...]:
+    grad, weight = ctx.saved_tensors
+    _, *options = ctx.options
+    by_grad = by_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad = _forward(grad_x, weight, *options)
+    if ctx.needs_input_grad[1]:
+        by_weight = _grad_weight(grad, grad_x, weight.shape[2:4], *options)
+    return by_grad, by_weight, *(None for _ in ctx.options)
+
+
+def _backward_of_grad_weight(ctx: Any, grad_weight: Tensor) -> tuple[Any, ...]:
+    grad, x = ctx.saved_tensors
+    _, *options = ctx.options
+    by_grad = by_x = None
+    if ctx.needs_input_grad[0]:
+        by_grad = _forward(x, grad_weight, *options)
+    if ctx.needs_input_grad[1]:
+        by_x = _grad_input(grad, grad_weight, x.shape[2:], *options)
+    return by_grad, by_x, *(None for _ in ctx.options)
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_save)
+_grad_input.register_autograd(_backward_of_grad_input, setup_context=_save)
+_grad_weight.register_autograd(_backward_of_grad_weight, setup_context=_save)

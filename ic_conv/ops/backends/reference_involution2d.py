@@ -9,32 +9,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ic_conv.ops._involution2d_call import sum_dtype
 from ic_conv.ops.dispatch import Backend
 
 if TYPE_CHECKING:
-    from ic_conv.ops.involution2d import InvolutionCall
+    from ic_conv.ops._involution2d_call import Geometry, InvolutionCall
+    from ic_conv.ops.checks import Pair
 
 
 def involution2d(call: InvolutionCall) -> Tensor:
-    """y (N, C, Ho, Wo); autograd derives both gradients. Half precision is summed in float32."""
-    x, weight = call.x, call.weight
-    wide = torch.promote_types(x.dtype, torch.float32)
-    per_group = x.unflatten(1, (weight.shape[1], -1)).to(wide)
+    """y (N, C, Ho, Wo); autograd derives the gradients. Half precision is summed in float32."""
+    x, weight, geometry = call.x, call.weight, call.geometry
+    wide = sum_dtype(x.dtype)
+    per_group = x.unflatten(1, (geometry.groups, -1)).to(wide)
     parts = []
-    for groups, padding, dilation in call.runs():
-        windows = _unfold(per_group[:, groups].flatten(1, 2), call, padding, dilation)
-        inside = _unfold(x.new_ones((1, 1, *x.shape[2:]), dtype=wide), call, padding, dilation) > 0
+    for groups, padding, dilation in geometry.runs():
         kernels = weight[:, groups].to(wide)
+        windows = _unfold(per_group[:, groups].flatten(1, 2), geometry, padding, dilation)
         windows = windows.unflatten(1, (kernels.shape[1], -1))
+        inside = _unfold(x.new_ones((1, 1, *geometry.size), dtype=wide), geometry, padding, dilation) > 0
         # A tap in the padding adds nothing, whatever its weight: 0 * nan would be nan.
-        parts.append(torch.where(inside, windows * kernels.unsqueeze(2), 0).sum((3, 4)).flatten(1, 2))
+        kernels = torch.where(inside, kernels.unsqueeze(2), 0)
+        parts.append((windows * kernels).sum((3, 4)).flatten(1, 2))
     return torch.cat(parts, 1).to(x.dtype)
 
 
-def _unfold(x: Tensor, call: InvolutionCall, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+def _unfold(x: Tensor, geometry: Geometry, padding: Pair, dilation: Pair) -> Tensor:
     """Windows (N, C, Kh, Kw, Ho, Wo) of x (N, C, H, W)."""
-    windows = F.unfold(x, call.kernel, dilation, padding, call.stride)
-    return windows.view(x.shape[0], x.shape[1], *call.kernel, *call.out_size)
+    windows = F.unfold(x, geometry.kernel, dilation, padding, geometry.stride)
+    return windows.view(x.shape[0], x.shape[1], *geometry.kernel, *geometry.out_size)
 
 
 BACKEND: Backend[InvolutionCall] = Backend("reference", lambda call: None, involution2d)
