@@ -235,7 +235,9 @@ def ic_resnet(
     layout = checkpoint.layout(state)
     if layout == "plain":
         checkpoint.load_weights(net, state, source)
-    if pattern is None:
+    if layout == "published" and pattern is None:
+        raise ValueError(f"{source}: the published layout does not tell the dilations; give the pattern")
+    if layout == "branches" and pattern is None:
         pattern = checkpoint.pattern_of(state)
     if pattern is not None:
         net = _with_pattern(net, pattern)

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet
 
 from ic_conv.convert import apply_pattern, replace_modules, searchable_layers
 from ic_conv.layers.ic_conv2d import ICConv2d
+from ic_conv.models.resnet import BasicBlock, Bottleneck, ResNet
 from ic_conv.pattern import DilationPattern, LayerPattern
 
 BASE, KERNEL, REACH = 3, 9, 4
@@ -80,27 +82,31 @@ class Untraceable(nn.Module):
 
 
 def resnet18() -> nn.Module:
-    return resnet.ResNet(resnet.BasicBlock, [2, 1, 1, 1], num_classes=5)
+    return ResNet(BasicBlock, (2, 1, 1, 1), 5, width=8)
 
 
 def resnet50() -> nn.Module:
-    return resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], num_classes=5)
+    return ResNet(Bottleneck, (1, 2, 1, 1), 5, width=8)
 
 
 def resnext() -> nn.Module:
-    return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=8, width_per_group=8)
+    return ResNet(Bottleneck, (1, 2, 1, 1), 5, width=8, groups=4, width_per_group=32)
 
 
-def timm_model(name: str) -> Callable[[], nn.Module]:
+def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        return pytest.importorskip("timm").create_model(name, num_classes=5)
+        return pytest.importorskip("timm").create_model(name, num_classes=5, **options)
 
     build.__name__ = name
     return build
 
 
 NETWORKS = [resnet18, resnet50, resnext, UNet, Inverted, Untraceable]
-TIMM = [timm_model(name) for name in ("resnet10t", "mobilenetv2_050", "seresnext26ts")]
+TIMM = [
+    timm_model("resnet10t", channels=(8, 8, 16, 16)),
+    timm_model("seresnet18", channels=(8, 8, 16, 16)),
+    timm_model("mobilenetv2_035"),
+]
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
@@ -124,7 +130,8 @@ def found_pattern(net: nn.Module, kernel: int = KERNEL) -> DilationPattern:
     rng, layers = random.Random(0), []
     for name, conv in searchable_layers(net).items():
         units = conv.out_channels if conv.groups == 1 else conv.groups
-        assignment = [(rng.randint(1, REACH), rng.randint(1, REACH)) for _ in range(units)]
+        others = rng.choices([(1, 1), (1, 3), (4, 1), (2, 4)], k=units - 2)
+        assignment = [(4, 1), (1, 3), *others]  # never in branch order
         layers.append(LayerPattern.from_assignment(assignment, name))
     return DilationPattern(tuple(layers), kernel)
 
@@ -154,29 +161,187 @@ def image(size: int = 33) -> Tensor:
 
 
 @pytest.mark.parametrize("build", NETWORKS + TIMM, ids=lambda build: build.__name__)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_equals_the_masked_supernet(build: Callable[[], nn.Module], training: bool) -> None:
+def test_equals_the_masked_supernet(build: Callable[[], nn.Module]) -> None:
     net = seeded(build)
     pattern = found_pattern(net)
-    supernet = masked_supernet(net, pattern).train(training)
+    supernet = masked_supernet(net, pattern)
     before = {key: value.clone() for key, value in supernet.state_dict().items()}
     model = apply_pattern(supernet, pattern)
     assert all(torch.equal(before[key], value) for key, value in supernet.state_dict().items())
     assert sum(isinstance(m, ICConv2d) for m in model.modules()) == len(pattern.layers)
-    x = image(65)
-    torch.testing.assert_close(model(x), supernet(x), rtol=1e-10, atol=1e-10)
-    # The statistics of the norms took the same step: evaluation agrees after it too.
-    torch.testing.assert_close(model.eval()(x), supernet.eval()(x), rtol=1e-10, atol=1e-10)
+    # The last pass shows that the statistics of the norms took the same step in the one before.
+    for training in (False, True, False):
+        y, expected = (m.train(training)(image()) for m in (model, supernet))
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
 def test_plain_weights_follow_their_channels(build: Callable[[], nn.Module]) -> None:
-    """With every dilation at (1, 1) but the assignment shuffled, the network must not change."""
+    """Kernels with nothing but a centre are the same at every dilation."""
     net = seeded(build).eval()
-    pattern = found_pattern(net)
-    model = apply_pattern(net, pattern)
-    for module in model.modules():
-        if isinstance(module, ICConv2d):
-            counts = tuple(((1, 1), count) for _, count in module.pattern.branches)
-            object.__setattr__(module.pattern, "branches", counts)
+    for conv in searchable_layers(net).values():
+        conv.weight.data *= torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    model = apply_pattern(net, found_pattern(net))
     torch.testing.assert_close(model(image()), net(image()), rtol=1e-10, atol=1e-10)
+
+
+def reordered(model: nn.Module) -> dict[str, tuple[bool, bool]]:
+    """Which layers gather their input, and which their output."""
+    return {
+        name: (module.input_order is not None, module.output_order is not None)
+        for name, module in model.named_modules()
+        if isinstance(module, ICConv2d) and not module.input_order is module.output_order is None
+    }
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (resnet50, {}),
+        (resnext, {}),
+        (resnet18, {f"layer{i}.conv2": (False, True) for i in ("1.0", "1.1", "2.0", "3.0", "4.0")}),
+        (UNet, {f"{name}.3": (False, True) for name in ("down", "bottom")}),
+        (Inverted, {"middle": (False, True), "last": (False, True)}),
+        (Untraceable, {"first": (False, True), "shared": (False, True), "grouped": (True, True)}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_gathers_only_where_neighbours_cannot_follow(
+    build: Callable[[], nn.Module], expected: dict[str, tuple[bool, bool]]
+) -> None:
+    net = seeded(build)
+    assert reordered(apply_pattern(net, found_pattern(net))) == expected
+
+
+def test_without_assignment_weights_stay_the_same_objects() -> None:
+    net = resnet50()
+    layers = tuple(
+        LayerPattern.from_counts({(1, 1): conv.out_channels - 3, (1, 4): 3})
+        for conv in searchable_layers(net).values()
+    )
+    before = dict(net.named_parameters())
+    model = apply_pattern(net, DilationPattern(layers, KERNEL), inplace=True)
+    assert model is net and reordered(net) == {}
+    assert all(before[name] is parameter for name, parameter in net.named_parameters())
+
+
+def test_keeps_dtype_mode_and_requires_grad() -> None:
+    net = UNet().half().to(memory_format=torch.channels_last)
+    net.down.eval().requires_grad_(False)
+    model = apply_pattern(net, found_pattern(net))
+    layers = [module for module in model.modules() if isinstance(module, ICConv2d)]
+    for (name, old), new in zip(searchable_layers(net).items(), layers, strict=True):
+        frozen = name.startswith("down")
+        assert new.training is old.training is not frozen
+        assert new.weight.requires_grad is new.bias.requires_grad is not frozen
+        assert new.weight.dtype == torch.float16 and new.weight.is_leaf
+        assert new.weight.is_contiguous(memory_format=torch.channels_last)
+        assert new.branches.device == new.weight.device
+    model.load_state_dict(model.state_dict())
+
+
+def test_draws_no_random_numbers() -> None:
+    net = resnet50()
+    state = torch.get_rng_state()
+    apply_pattern(net, found_pattern(net))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_convolution_by_itself() -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1).double()
+    pattern = found_pattern(conv)
+    model = apply_pattern(conv, pattern, inplace=True)
+    assert isinstance(model, ICConv2d)
+    x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    for channel, dilation in enumerate(pattern.layers[0].assignment or ()):
+        expected = F.conv2d(
+            x, conv.weight[channel : channel + 1], conv.bias[channel : channel + 1], 1, dilation, dilation
+        )
+        torch.testing.assert_close(model(x)[:, channel : channel + 1], expected)
+
+
+def test_shared_modules_stay_shared() -> None:
+    net = Untraceable()
+    model = apply_pattern(net, found_pattern(net))
+    assert isinstance(model.shared, ICConv2d) and model.again is model.shared
+
+
+def test_filter_and_names_choose_layers(caplog: pytest.LogCaptureFixture) -> None:
+    net = resnet50()
+    names = list(searchable_layers(net))
+
+    def last(module: nn.Module, name: str) -> bool:
+        return name.startswith("layer4")
+
+    assert list(searchable_layers(net, filter_fn=last)) == names[-1:]
+    count = net.layer4[0].conv2.out_channels
+    nameless = DilationPattern((LayerPattern.from_counts({(1, 2): count}),), KERNEL)
+    with caplog.at_level(logging.INFO):
+        model = apply_pattern(net, nameless, filter_fn=last)
+    assert [n for n, m in model.named_modules() if isinstance(m, ICConv2d)] == names[-1:]
+    assert names[-1] in caplog.text and "left as they are" not in caplog.text
+    named = DilationPattern((LayerPattern.from_counts({(1, 2): count}, names[-1]),), KERNEL)
+    with caplog.at_level(logging.WARNING):
+        apply_pattern(net, named)
+    assert f"left as they are: {names[0]}" in caplog.text
+
+
+def test_searchable_layers() -> None:
+    net = nn.ModuleDict(
+        {
+            "yes": nn.Conv2d(4, 4, 3, padding=1),
+            "same": nn.Conv2d(4, 4, 3, padding="same"),
+            "strided": nn.Conv2d(4, 4, 3, 2, 1, groups=2),
+            "kernel": nn.Conv2d(4, 4, 5, padding=2),
+            "oblong": nn.Conv2d(4, 4, (3, 5), padding=(1, 2)),
+            "dilated": nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+            "unpadded": nn.Conv2d(4, 4, 3),
+            "mode": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "transposed": nn.ConvTranspose2d(4, 4, 3, padding=1),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+            "converted": ICConv2d(4, 4, 3, pattern={(1, 1): 4}),
+        }
+    )
+    net["again"] = net["yes"]
+    assert list(searchable_layers(net)) == ["yes", "same", "strided"]
+    assert list(searchable_layers(net, 5)) == ["kernel"]
+
+
+def test_base_kernel_of_5() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 5, padding=2, bias=False))
+    supernet = nn.Sequential(nn.Conv2d(2, 4, 9, padding=4, bias=False))
+    pattern = DilationPattern((LayerPattern(((((2, 1), 4)),), "0"),), 9, 5)
+    for model in (net, supernet):
+        weight = apply_pattern(model, pattern)[0].weight
+        expected = model[0].weight if model is net else model[0].weight[:, :, ::2, 2:7]
+        torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("net", "pattern", "message"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1)),
+            DilationPattern((LayerPattern.plain(4),), 9),
+            "no layer to convert.*3x3",
+        ),
+        (resnet50(), DilationPattern((LayerPattern.plain(4),), 9), "1 layers.*5"),
+        (nn.Conv2d(3, 5, 3, padding=1), DilationPattern((LayerPattern.plain(4),), 9), "sum to 5, got 4"),
+        (nn.Conv2d(3, 5, 9, padding=4), DilationPattern((LayerPattern.plain(5),), 9), "no layer to convert"),
+    ],
+    ids=["nothing", "layers", "channels", "supernet without names"],
+)
+def test_refuses_what_does_not_fit(net: nn.Module, pattern: DilationPattern, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply_pattern(net, pattern)
+
+
+def test_nothing_changes_when_refused() -> None:
+    net = resnet50()
+    before = copy.deepcopy(net.state_dict())
+    layers = found_pattern(net).layers
+    wrong = (*layers[:-1], LayerPattern.from_assignment([(2, 2)] * 3, layers[-1].name))
+    with pytest.raises(ValueError, match="sum to"):
+        apply_pattern(net, DilationPattern(wrong, KERNEL), inplace=True)
+    assert not any(isinstance(module, ICConv2d) for module in net.modules())
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
