@@ -8,24 +8,21 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeGuard
 
 from torch import Tensor, fx, nn
-from torch.nn.modules import activation, dropout, padding, pooling, upsampling
 from torch.nn.modules.batchnorm import _NormBase
 
 logger = logging.getLogger(__name__)
 
-# What treats every channel alike, or by itself. A module's or function's own state is none or per channel.
+# What treats each channel by itself and all of them alike, but for values per channel that modules may hold.
 _MODULES = (
-    _NormBase,
-    *(activation.CELU, activation.ELU, activation.GELU, activation.Hardsigmoid, activation.Hardswish),
-    *(activation.Hardtanh, activation.LeakyReLU, activation.LogSigmoid, activation.Mish, activation.PReLU),
-    *(activation.ReLU, activation.SELU, activation.Sigmoid, activation.SiLU, activation.Softplus),
-    *(activation.Softsign, activation.Tanh),
-    *(dropout.Dropout, dropout.Dropout2d, nn.Identity, upsampling.Upsample),
-    *(pooling.AvgPool2d, pooling.MaxPool2d, pooling.AdaptiveAvgPool2d, pooling.AdaptiveMaxPool2d),
-    *(padding.ZeroPad2d, padding.ReflectionPad2d, padding.ReplicationPad2d),
-)
+    _NormBase, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Upsample,
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish,
+    nn.PReLU, nn.ReLU, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign, nn.Tanh,
+    nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+)  # fmt: skip
 _FUNCTIONS = frozenset((
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "gelu", "silu", "mish", "softplus", "tanh",
     "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "clamp", "clamp_", "neg", "abs",
@@ -33,7 +30,6 @@ _FUNCTIONS = frozenset((
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate",
     "dropout", "dropout2d", "clone", "contiguous", "float", "half", "to",
 ))  # fmt: skip
-_SIZES = frozenset(("shape", "dtype", "device", "ndim"))
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Destinations:
     """All that reads a convolution's output channels.
 
     Args:
-        channelwise: names of the modules on the way that hold values per channel, batch norms above all.
+        channelwise: names of the modules on the way; they may hold values per channel, as batch norms do.
         consumers: names of the convolutions at the ends.
     """
 
@@ -59,67 +55,65 @@ class ChannelGraph:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # The copy shares the tensors. It is traced instead, since modes change and modules may keep proxies.
-        skeleton = copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
-        self._modules = dict(skeleton.named_modules())
-        self._owners = Counter(id(t) for m in self._modules.values() for t in own_tensors(m))
         self.destinations: dict[str, Destinations] = {}
         self.producers: dict[str, str] = {}
         try:
+            # The copy, which shares the tensors, is traced: modes change, and modules may keep proxies.
+            skeleton = copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
             # Both modes, since a network may have branches for training only.
             graphs = [_Tracer().trace(skeleton.train(mode)) for mode in (True, False)]
-        except Exception as error:  # whatever a forward raises when it meets a proxy
-            logger.info("the channels keep their places: torch.fx cannot trace the network (%s)", error)
+        except Exception as error:  # whatever a network raises that is copied or meets a proxy
+            logger.info("channels keep their places: torch.fx cannot trace the network (%s)", error)
             return
+        self._modules = dict(skeleton.named_modules())
+        self._owners = Counter(id(t) for m in self._modules.values() for t in own_tensors(m))
         training, evaluation = (self._follow_all(graph) for graph in graphs)
         self.destinations = {name: to for name, to in training.items() if to == evaluation.get(name)}
-        self.producers = {
-            consumer: name for name, to in self.destinations.items() for consumer in to.consumers
-        }
+        self.producers = {reader: name for name, to in self.destinations.items() for reader in to.consumers}
 
     def _follow_all(self, graph: fx.Graph) -> dict[str, Destinations]:
-        calls = [node for node in graph.nodes if node.op == "call_module"]
-        reads = (str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr")
-        uses = Counter(chain((str(node.target) for node in calls), reads))
-        free = {name for name, count in uses.items() if count == 1 and self._is_alone(self._modules[name])}
-        found = {str(n.target): self._follow(n, free) for n in calls if str(n.target) in free}
+        calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
+        uses = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+        uses += Counter(str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr")
+        free = {name for name in calls if uses[name] == 1 and self._is_alone(self._modules[name])}
+        found = {name: self._follow(calls[name], free) for name in free if is_conv2d(self._modules[name])}
         return {name: to for name, to in found.items() if to is not None}
 
     def _is_alone(self, module: nn.Module) -> bool:
-        """Whether the module's tensors are its own: not computed, not shared, none in modules inside."""
-        if isinstance(module, nn.Conv2d) and "weight" not in module._parameters:
-            return False
+        """Whether the module's tensors are nobody else's, and none are in modules inside it."""
         own = own_tensors(module)
         inside = sum(1 for _ in chain(module.parameters(), module.buffers()))
         return len(own) == inside and all(self._owners[id(t)] == 1 for t in own)
 
     def _follow(self, start: fx.Node, free: set[str]) -> Destinations | None:
-        if not isinstance(self._modules[str(start.target)], nn.Conv2d):
-            return None
         channelwise, consumers = set(), set()
         todo = [(start, user) for user in start.users]
         while todo:
             source, node = todo.pop()
+            if node.op == "output" or node.all_input_nodes != [source]:
+                return None
             name = str(node.target)
-            if node.all_input_nodes != [source]:
+            module = self._modules[name] if node.op == "call_module" else None
+            if module is not None and is_conv2d(module) and name in free:
+                consumers.add(name)
+            elif isinstance(module, _MODULES) and (name in free or not own_tensors(module)):
+                channelwise.add(name)
+                todo += [(node, user) for user in node.users]
+            elif module is None and _operation(node) in _FUNCTIONS:
+                todo += [(node, user) for user in node.users]
+            elif not _asks_size(node):
                 return None
-            if node.op == "call_module":
-                module = self._modules[name]
-                if own_tensors(module) and name not in free:
-                    return None
-                if isinstance(module, nn.Conv2d):
-                    consumers.add(name)
-                    continue
-                if not isinstance(module, _MODULES):
-                    return None
-                if own_tensors(module):
-                    channelwise.add(name)
-            elif _asks_size(node):
-                continue
-            elif node.op == "output" or _operation(node) not in _FUNCTIONS:
-                return None
-            todo += [(node, user) for user in node.users]
         return Destinations(frozenset(channelwise), frozenset(consumers))
+
+
+def is_conv2d(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it computes what `torch.nn.Conv2d` does, with a weight of its own (not a normed one)."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and "weight" in module._parameters
+    )
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
@@ -132,8 +126,10 @@ def _operation(node: fx.Node) -> str:
 
 
 def _asks_size(node: fx.Node) -> bool:
-    operation = _operation(node)
-    return operation in ("size", "dim") or (operation == "getattr" and node.args[1] in _SIZES)
+    """Whether the node reads something else of a tensor than its values."""
+    if _operation(node) == "getattr":
+        return node.args[1] in ("shape", "dtype", "device", "ndim")
+    return node.op == "call_method" and node.target in ("size", "dim")
 
 
 class _Tracer(fx.Tracer):

@@ -6,13 +6,12 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from ic_conv._channels import ChannelGraph, Destinations, own_tensors
+from ic_conv._channels import ChannelGraph, Destinations, is_conv2d, own_tensors
 from ic_conv.layers.ic_conv2d import ICConv2d
 from ic_conv.pattern import DilationPattern, LayerPattern
 
@@ -112,13 +111,10 @@ def apply_pattern(
     return replace_modules(network, new)
 
 
-def _is_plain(module: nn.Module, kernel: int) -> bool:
+def _is_plain(module: nn.Module, kernel: int) -> TypeGuard[nn.Conv2d]:
     """Whether it is an ordinary convolution of this kernel size with dilation 1 and 'same' zero padding."""
     return (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
-        and type(module)._conv_forward is nn.Conv2d._conv_forward
-        and not parametrize.is_parametrized(module)
+        is_conv2d(module)
         and module.kernel_size == (kernel, kernel)
         and module.dilation == (1, 1)
         and module.padding in ("same", (kernel // 2, kernel // 2))
@@ -134,47 +130,55 @@ def _arrange(network: nn.Module, chosen: Mapping[str, LayerPattern]) -> dict[str
     """Permutes what surrounds the chosen layers, so that these may stand in branch order.
 
     Returns:
-        By layer name, the orders that the layer itself must keep because its surroundings could not follow.
+        By layer name, the orders that the layer must keep itself because its surroundings could not follow.
     """
-    modules: dict[str, Any] = dict(network.named_modules())
     moved = {name: layer for name, layer in chosen.items() if not _is_sorted(layer)}
-    leftovers: dict[str, dict[str, Tensor]] = {}
+    leftovers: dict[str, dict[str, Tensor]] = {name: {} for name in moved}
     if not moved:
         return leftovers
     graph = ChannelGraph(network)
-
-    def can_follow(to: Destinations | None, besides: str = "") -> bool:
-        return to is not None and all(modules[name].groups == 1 for name in to.consumers - {besides})
-
-    def follow(to: Destinations, order: Tensor, besides: str = "") -> None:
-        for name in to.channelwise:
-            for tensor in own_tensors(modules[name]):
-                if tensor.shape == order.shape:
-                    _permute(tensor, 0, order)
-        for name in to.consumers - {besides}:
-            _permute(modules[name].weight, 1, order)
-
+    modules: dict[str, Any] = dict(network.named_modules())
     for name, layer in moved.items():
-        conv = modules[name]
-        order = _channels(layer, conv.out_channels)
-        to = graph.destinations.get(name)
-        if to is not None and can_follow(to):
-            follow(to, order)
-        else:
-            leftovers.setdefault(name, {})["output_order"] = order.argsort()
-        if conv.groups == 1:
+        order = _channels(layer, modules[name].out_channels)
+        if not _permute_readers(modules, graph.destinations.get(name), order):
+            leftovers[name]["output_order"] = order.argsort()
+        if modules[name].groups == 1:
             continue
         # The groups of a grouped convolution take their input channels along.
-        order = _channels(layer, conv.in_channels)
-        source = graph.producers.get(name, "")
-        to = graph.destinations.get(source)
-        if to is not None and source not in chosen and modules[source].groups == 1 and can_follow(to, name):
-            for tensor in own_tensors(modules[source]):
-                _permute(tensor, 0, order)
-            follow(to, order, name)
+        order = _channels(layer, modules[name].in_channels)
+        source = graph.producers.get(name)
+        if (
+            source is not None
+            and source not in chosen
+            and modules[source].groups == 1
+            and _permute_readers(modules, graph.destinations[source], order, besides=name)
+        ):
+            _permute(modules[source], 0, order)
         else:
-            leftovers.setdefault(name, {})["input_order"] = order
-    return leftovers
+            leftovers[name]["input_order"] = order
+    return {name: orders for name, orders in leftovers.items() if orders}
+
+
+def _permute_readers(
+    modules: Mapping[str, Any], to: Destinations | None, order: Tensor, besides: str = ""
+) -> bool:
+    """Permutes all that reads some channels, or nothing if not all of it can follow; tells which it was."""
+    consumers = () if to is None else to.consumers - {besides}
+    if to is None or any(modules[name].groups > 1 for name in consumers):
+        return False
+    for name in to.channelwise:
+        _permute(modules[name], 0, order)
+    for name in consumers:
+        _permute(modules[name], 1, order)
+    return True
+
+
+@torch.no_grad()
+def _permute(module: nn.Module, dim: int, order: Tensor) -> None:
+    """Puts the channels of a module's tensors in a new order, along the output (0) or the input (1)."""
+    for tensor in own_tensors(module):
+        if tensor.dim() > dim and tensor.shape[dim] == len(order):
+            tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
 
 
 def _is_sorted(layer: LayerPattern) -> bool:
@@ -185,11 +189,6 @@ def _channels(layer: LayerPattern, channels: int) -> Tensor:
     """The layer's order of units as an order of channels: entry j is the original channel at position j."""
     size = channels // layer.units
     return (torch.tensor(layer.order())[:, None] * size + torch.arange(size)).flatten()
-
-
-@torch.no_grad()
-def _permute(tensor: Tensor, dim: int, order: Tensor) -> None:
-    tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ic_conv.functional import ic_conv2d
 from ic_conv.ops.checks import Pair, as_pair, odd_kernel, same_padding
@@ -167,6 +167,10 @@ class ICConv2d(nn.Conv2d):
 
 
 _ORDERS = ("output_order", "input_order")
+
+# torch.fx keeps these calls whole, as it keeps a plain convolution: they look at shapes and formats.
+fx.wrap("ic_conv2d")
+fx.wrap("_reorder")
 
 
 def _rows(pattern: LayerPattern) -> list[list[int]]:

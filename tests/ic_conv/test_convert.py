@@ -299,6 +299,7 @@ def test_searchable_layers() -> None:
             "mode": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             "transposed": nn.ConvTranspose2d(4, 4, 3, padding=1),
             "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+            "old norm": nn.utils.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
             "converted": ICConv2d(4, 4, 3, pattern={(1, 1): 4}),
         }
     )

@@ -288,6 +288,12 @@ def test_compiles_to_one_graph(autocast: bool) -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+def test_is_traced_by_fx() -> None:
+    layer, x = ICConv2d(8, 12, pattern=PATTERN), torch.randn(1, 8, 7, 7)
+    layer.output_order = torch.randperm(12)
+    torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x), rtol=0, atol=0)
+
+
 def test_a_nan_stays_where_its_window_is() -> None:
     layer, x = ICConv2d(8, 12, pattern=PATTERN), torch.zeros(1, 8, 9, 9)
     x[0, 0, 0, 0] = float("nan")
