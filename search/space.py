@@ -50,7 +50,7 @@ class DilationSpace:
 
     @cached_property
     def taps(self) -> Tensor:
-        """Positions of each candidate's taps in the flattened kernel: int64 (candidates, base_kernel ** 2)."""
+        """Positions of the candidates' taps in the flattened kernel: int64 (candidates, base_kernel ** 2)."""
         steps = torch.arange(self.base_kernel) - self.base_kernel // 2
         dy, dx = torch.tensor(self.candidates).T
         rows = self.kernel // 2 + dy[:, None] * steps

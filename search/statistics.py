@@ -71,7 +71,7 @@ def collect(
             hooks.callback(handle.remove)
         for batch in batches:
             images = images_of(batch).to(device, non_blocking=True)
-            size = tuple(images.shape[-2:])
+            size = images.shape[-2], images.shape[-1]
             supernet(images)
     for module, training in modes:
         module.training = training
@@ -106,7 +106,7 @@ class _LayerSums:
 
     def __call__(self, layer: SuperConv2d, inputs: tuple[Tensor], output: Tensor) -> None:
         x = inputs[0].detach()
-        self.size = tuple(x.shape[-2:])
+        self.size = x.shape[-2], x.shape[-1]
         self.positions += len(x) * output.shape[-2] * output.shape[-1]
         wide = x if x.dtype == torch.float64 else x.float()
         self.first += _window_sums(wide.sum(0), layer, output).cpu()

@@ -92,8 +92,8 @@ def convert_to_supernet(
     layers = searchable_layers(supernet, base_kernel, filter_fn)
     if not layers:
         raise ValueError(
-            f"no searchable layer: the network has no {base_kernel}x{base_kernel} convolution with dilation 1 "
-            "and 'same' zero padding that the filter lets through"
+            f"no searchable layer: the network has no {base_kernel}x{base_kernel} convolution with "
+            "dilation 1 and 'same' zero padding that the filter lets through"
         )
     grown = {name: SuperConv2d.grow(conv, space, init) for name, conv in layers.items()}
     logger.info("grown to %dx%d: %s", kernel_size, kernel_size, ", ".join(grown))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from ic_conv.pattern import DilationPattern, LayerPattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import SubFigure
 
 COLUMNS = 8  # heat maps in a row; a longer stage goes on in the next row
 BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9aa0a6"
@@ -37,7 +37,8 @@ def draw_pattern(pattern: DilationPattern, path: str | os.PathLike[str], title: 
     figure = Figure(figsize=(11, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title or _title(pattern), fontsize=13, fontweight="bold")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[0.95 * len(rows) + 0.4, 2.9])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[0.95 * len(rows) + 0.4, 2.9])
+    upper, lower = parts
     _draw_heat_maps(upper, pattern, rows)
     left, right = lower.subplots(1, 2)
     _draw_mean_dilation(left, pattern)

@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Compares ways to choose dilations: by the score of a small network, or by planted dilations found."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+# As in tools/search.py: this folder must not hide the package `search`.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+EPILOG = """examples:
+  python tools/compare.py digits                  every method, 3 seeds, equal steps; resumes when run again
+  python tools/compare.py digits --steps 20 --seeds 1 --work-dir work_dirs/try      a quick look
+  python tools/compare.py planted                 share of planted dilations that each criterion finds
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    digits = commands.add_parser("digits", help="scores on scattered digits after equal training")
+    digits.add_argument("--steps", type=int, default=800, help="training steps of each network (default 800)")
+    digits.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
+    digits.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    digits.add_argument("--work-dir", type=Path, default=Path("work_dirs/compare"), help="finished runs")
+    planted = commands.add_parser("planted", help="one layer with known dilations")
+    planted.add_argument("--seeds", type=int, default=5, help="planted layers (default 5)")
+    for command in (digits, planted):
+        command.add_argument("--output", type=Path, help="write the table to this file too")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        text = _digits(args) if args.command == "digits" else _planted(args)
+        if args.output:
+            from ic_conv._files import write_text
+
+            write_text(args.output, text + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished runs are kept, the same command goes on", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _digits(args: argparse.Namespace) -> str:
+    from search.compare import SUPERNET, CompareOptions, compare, methods, table
+
+    for name in ("steps", "seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    names = [SUPERNET, *methods()]
+    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    with _progress() as progress:
+        bar = progress.add_task("runs", total=len(names) * args.seeds)
+        for name, seed, result in compare(CompareOptions(args.work_dir, args.steps), args.seeds, args.jobs):
+            results[name][seed] = result
+            progress.console.print(f"{name}, seed {seed}: mAP {result['mAP']:.1f}")
+            progress.advance(bar)
+    return table({name: [runs[seed] for seed in sorted(runs)] for name, runs in results.items()})
+
+
+def _planted(args: argparse.Namespace) -> str:
+    from search.criteria import CRITERIA
+    from search.planted import planted_recovery
+
+    lines = [f"| seed | R² of the fit | {' | '.join(CRITERIA)} |", "|---" * (len(CRITERIA) + 2) + "|"]
+    sums = dict.fromkeys(CRITERIA, 0.0)
+    with _progress() as progress:
+        for seed in progress.track(range(args.seeds), description="planted layers"):
+            found, reached = planted_recovery(seed)
+            lines.append(
+                f"| {seed} | {reached:.3f} | {' | '.join(f'{found[name]:.0%}' for name in CRITERIA)} |"
+            )
+            sums = {name: sums[name] + found[name] / args.seeds for name in CRITERIA}
+    lines.append(f"| mean | | {' | '.join(f'{sums[name]:.0%}' for name in CRITERIA)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a dilation pattern: trains a supernet, then keeps the best dilated sub-kernel of each channel."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+
+if TYPE_CHECKING:
+    from search.run import SearchOptions
+
+# Python puts this script's folder first, where the script itself would pass for the package `search`;
+# the working folder comes instead, so that --arch finds the user's own modules.
+sys.path[0] = str(Path.cwd())
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+EPILOG = """examples:
+  python tools/search.py --kernel 9                      IC-ResNet-50 on scattered digits, minutes on 2 cores
+  python tools/search.py --kernel 13 --arch ic_resnet18   a larger search space on a smaller network
+  python tools/search.py --arch timm.models.resnet:resnet26 --data photos/      your network, your images
+  python tools/search.py --checkpoint supernet.pt         the supernet is trained already
+  python tools/search.py --strategy random --seed 1       a control, found without a supernet
+  python tools/search.py --dry-run                        what would be done, and how long it takes here
+  torchrun --nproc_per_node 2 tools/search.py --launcher pytorch                several processes
+
+the result: WORK_DIR/ARCH_kKERNEL.json (the pattern), .meta.json (where it comes from), .png (a picture)
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from search.arch import known_archs
+    from search.criteria import CRITERIA
+    from search.strategies import STRATEGIES
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to search")
+    what.add_argument(
+        "--kernel",
+        type=int,
+        default=9,
+        metavar="K",
+        help="size of the grown kernels; 9 offers dilations up to 4, 13 up to 6 (default 9)",
+    )
+    what.add_argument(
+        "--base-kernel",
+        type=int,
+        default=3,
+        metavar="K",
+        help="size of the kernels that are dilated (default 3)",
+    )
+    what.add_argument(
+        "--arch",
+        default="ic_resnet50",
+        help=f"package.module:factory, or one of {', '.join(known_archs())} (default ic_resnet50)",
+    )
+    what.add_argument("--strategy", default="edo", help=f"{', '.join(STRATEGIES)} (default edo)")
+    what.add_argument(
+        "--criterion", default="energy", help=f"what edo keeps: {', '.join(CRITERIA)} (default energy)"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default="digits",
+        metavar="FOLDER",
+        help="a folder with one folder of images per class (default: scattered digits, built in)",
+    )
+    data.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    data.add_argument(
+        "--image-size", type=int, default=64, metavar="PX", help="side of the images (default 64)"
+    )
+    data.add_argument(
+        "--calibration-images",
+        type=int,
+        default=512,
+        metavar="N",
+        help="images in the statistics pass after training (default 512)",
+    )
+    training = parser.add_argument_group("training of the supernet")
+    training.add_argument(
+        "--checkpoint", metavar="FILE", help="weights of a trained supernet: skip the training"
+    )
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 250)")
+    length.add_argument("--epochs", type=int, metavar="N", help="passes over the data instead of steps")
+    training.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="images per step and process (default 16)"
+    )
+    training.add_argument("--lr", type=float, help="peak learning rate (default 0.001)")
+    training.add_argument(
+        "--workers", type=int, metavar="N", help="processes that prepare images (default 1)"
+    )
+    training.add_argument(
+        "--config",
+        metavar="FILE",
+        help="training settings, an MMEngine config (default configs/search/scattered_digits.py)",
+    )
+    training.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    training.add_argument("--amp", action="store_true", help="mixed precision")
+    training.add_argument(
+        "--launcher", default="none", choices=("none", "pytorch"), help="pytorch: under torchrun"
+    )
+    output = parser.add_argument_group("run and output")
+    output.add_argument(
+        "--work-dir", metavar="DIR", help="checkpoints and log (default work_dirs/ARCH_kKERNEL)"
+    )
+    output.add_argument(
+        "--output", type=Path, metavar="FILE", help="the pattern file (default WORK_DIR/ARCH_kKERNEL.json)"
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted training in the work dir"
+    )
+    output.add_argument("--seed", type=int, default=0, help="of weights, data and random choices (default 0)")
+    output.add_argument(
+        "--dry-run", action="store_true", help="print plan, layers, time and memory, then stop"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        command = shlex.join(["python", *sys.argv, *([] if args.resume else ["--resume"])])
+        print(f"\nstopped; what was trained is kept. Go on with:\n  {command}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    from search.plan import describe, describe_cost, measure_cost
+    from search.run import prepare, search_pattern, write_results
+
+    options = build_options(args)
+    first = int(os.environ.get("RANK", 0)) == 0
+    console = Console(quiet=not first, highlight=False, soft_wrap=True)
+    prepared = prepare(options)
+    console.print(describe(options, prepared))
+    trains = options.finder.needs_supernet and options.checkpoint is None
+    if args.dry_run:
+        console.print(describe_cost(options, measure_cost(options, prepared)) if trains else "no training")
+        return
+    batches = prepared.search.batches()
+
+    def shown() -> object:
+        return track(batches, "calibrating", total=len(batches), console=console, transient=True)  # type: ignore[arg-type]
+
+    pattern = search_pattern(options, replace(prepared, search=replace(prepared.search, batches=shown)))  # type: ignore[arg-type]
+    if not first:
+        return
+    picture = write_results(pattern, options.pattern_path)
+    console.print(f"\n{pattern.summary()}\n")
+    console.print(f"pattern  {options.pattern_path}\npicture  {picture}\n\nUse it:")
+    console.print(next_command(args.arch, options.pattern_path), markup=False)
+
+
+def next_command(arch: str, path: Path) -> str:
+    """The command to type next: the network with its pattern."""
+    if ":" not in arch:
+        code = f"from ic_conv import {arch}; print({arch}(pattern_path={str(path)!r}))"
+    else:
+        module, _, factory = arch.partition(":")
+        code = (
+            f"from {module} import {factory}; from ic_conv import DilationPattern, apply_pattern; "
+            f"print(apply_pattern({factory}(), DilationPattern.load({str(path)!r})))"
+        )
+    return f"  python -c {shlex.quote(code)}" if '"' in code else f'  python -c "{code}"'
+
+
+def build_options(args: argparse.Namespace) -> SearchOptions:
+    """SearchOptions from the command line."""
+    from search.arch import file_stem
+    from search.data import FolderImages, ScatteredDigits
+    from search.engine import TrainOptions
+    from search.engine.options import DEFAULT_CONFIG
+    from search.run import DIGITS, SearchOptions
+
+    steps = args.steps
+    if args.epochs is not None:
+        if args.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {args.epochs}")
+        images = (
+            ScatteredDigits()
+            if args.data == DIGITS
+            else FolderImages(args.data, skip_bad=args.skip_bad, views=1)
+        )
+        steps = max(1, args.epochs * len(images) // args.batch_size)
+    train = TrainOptions(
+        work_dir=args.work_dir or Path("work_dirs") / file_stem(args.arch, args.kernel),
+        config=args.config or DEFAULT_CONFIG,
+        steps=steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        device=args.device,
+        amp=args.amp,
+        resume=args.resume,
+        launcher=args.launcher,
+        workers=args.workers,
+    )
+    return SearchOptions(
+        train,
+        kernel=args.kernel,
+        base_kernel=args.base_kernel,
+        arch=args.arch,
+        strategy=args.strategy,
+        criterion=args.criterion,
+        data=args.data,
+        image_size=args.image_size,
+        calibration_images=args.calibration_images,
+        checkpoint=args.checkpoint,
+        output=args.output,
+        skip_bad=args.skip_bad,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
