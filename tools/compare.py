@@ -27,7 +27,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     digits = commands.add_parser("digits", help="scores on scattered digits after equal training")
-    digits.add_argument("--steps", type=int, default=800, help="training steps of each network (default 800)")
+    digits.add_argument("--steps", type=int, default=600, help="training steps of each network (default 600)")
+    digits.add_argument("--methods", help="comma-separated, of those that the table lists (default all)")
     digits.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     digits.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     digits.add_argument("--work-dir", type=Path, default=Path("work_dirs/compare"), help="finished runs")
@@ -72,11 +73,16 @@ def _digits(args: argparse.Namespace) -> str:
     for name in ("steps", "seeds", "jobs"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    names = [SUPERNET, *methods()]
+    chosen = args.methods.split(",") if args.methods else list(methods())
+    if unknown := [name for name in chosen if name not in methods()]:
+        raise ValueError(f"unknown method {unknown[0]!r}; known ones: {', '.join(methods())}")
+    names = [SUPERNET, *chosen]
     results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
     with _progress() as progress:
         bar = progress.add_task("runs", total=len(names) * args.seeds)
-        for name, seed, result in compare(CompareOptions(args.work_dir, args.steps), args.seeds, args.jobs):
+        for name, seed, result in compare(
+            CompareOptions(args.work_dir, args.steps), chosen, args.seeds, args.jobs
+        ):
             results[name][seed] = result
             progress.console.print(f"{name}, seed {seed}: mAP {result['mAP']:.1f}")
             progress.advance(bar)
