@@ -90,7 +90,7 @@ class ChannelGraph:
         todo = [(start, user) for user in start.users]
         while todo:
             source, node = todo.pop()
-            if node.op == "output" or node.all_input_nodes != [source]:
+            if node.all_input_nodes != [source]:
                 return None
             name = str(node.target)
             module = self._modules[name] if node.op == "call_module" else None

@@ -131,39 +131,41 @@ class ICConv2d(nn.Conv2d):
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        # `state_dict` is load_state_dict's own copy, so its keys may change.
-        own = {name: state_dict.pop(prefix + name, None) for name in ("branches", *_ORDERS)}
-        published = _join_conv_list(state_dict, prefix)
-        rows = _rows(self.pattern)
-        if published is not None and published != [self._channels(count) for *_, count in rows]:
-            wanted = [self._channels(count) for *_, count in rows]
-            error_msgs.append(f"{prefix}conv_list: branches must have {wanted} channels; got {published}")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # `state_dict` is load_state_dict's own copy: its keys may change. `rest` ends with its errors.
+        told = {name: state_dict.pop(prefix + name, None) for name in ("branches", *_ORDERS)}
+        parts = _pop_conv_list(state_dict, prefix)
+        problem = self._mismatch(told, parts.get("weight"))
+        if problem is not None:
+            rest[-1].append(prefix + problem)
             return
-        if own["branches"] is not None and own["branches"].tolist() != rows:
-            error_msgs.append(
-                f"{prefix}branches: must be {rows} (dy, dx, count); got {own['branches'].tolist()}"
-            )
-            return
-        if published is not None or own["branches"] is not None:
-            # The state of an inception convolution says how its channels stand, a plain one's does not.
+        if parts or told["branches"] is not None:
+            # The state of an inception convolution says how its channels stand; a plain one's does not.
             for name in _ORDERS:
-                order = own[name]
+                order = told[name]
                 setattr(self, name, None if order is None else order.to(self.branches.device, copy=True))
-        for name in _ORDERS:
-            if (order := getattr(self, name)) is not None:
-                state_dict[prefix + name] = order
-        state_dict[f"{prefix}branches"] = torch.tensor(rows, device="cpu")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        orders = {prefix + name: order for name in _ORDERS if (order := getattr(self, name)) is not None}
+        joined = {prefix + name: torch.cat(tensors) for name, tensors in parts.items()}
+        branches = torch.tensor(_rows(self.pattern), device="cpu")
+        state_dict.update(orders | joined | {f"{prefix}branches": branches})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _channels(self, count: int) -> int:
-        """Output channels of `count` units."""
-        return count * (self.out_channels // self.pattern.units)
+    def _mismatch(self, told: Mapping[str, Tensor | None], parts: list[Tensor] | None) -> str | None:
+        """What a state dict tells about branches and orders that contradicts this layer."""
+        rows, taps = _rows(self.pattern), tuple(self.weight.shape[1:])
+        if parts is not None:
+            size = self.out_channels // self.pattern.units
+            wanted = [(count * size, *taps) for *_, count in rows]
+            got = [tuple(part.shape) for part in parts]
+            if got != wanted:
+                return f"conv_list: the weights must have the shapes {wanted}; got {got}"
+        if (branches := told["branches"]) is not None and branches.tolist() != rows:
+            return f"branches: must be {rows} (dy, dx, count); got {branches.tolist()}"
+        for name, channels in zip(_ORDERS, (self.out_channels, self.in_channels), strict=True):
+            order = told[name]
+            if order is not None and sorted(order.tolist()) != list(range(channels)):
+                return f"{name}: must hold each of {channels} channels once; got {order.tolist()}"
+        return None
 
 
 _ORDERS = ("output_order", "input_order")
@@ -177,17 +179,13 @@ def _rows(pattern: LayerPattern) -> list[list[int]]:
     return [[dy, dx, count] for (dy, dx), count in pattern.branches]
 
 
-def _join_conv_list(state_dict: dict[str, Any], prefix: str) -> list[int] | None:
-    """Joins the published layout's branches to one weight and bias; returns their channels, or None."""
-    channels = None
+def _pop_conv_list(state_dict: dict[str, Any], prefix: str) -> dict[str, list[Tensor]]:
+    """Takes out the published layout's tensors, in which each branch is a convolution: weights and biases."""
+    parts: dict[str, list[Tensor]] = {}
     for name in ("weight", "bias"):
-        parts: list[Tensor] = []
-        while (key := f"{prefix}conv_list.{len(parts)}.{name}") in state_dict:
-            parts.append(state_dict.pop(key))
-        if parts:
-            state_dict[prefix + name] = torch.cat(parts)
-            channels = [len(part) for part in parts]
-    return channels
+        while (key := f"{prefix}conv_list.{len(parts.get(name, []))}.{name}") in state_dict:
+            parts.setdefault(name, []).append(state_dict.pop(key))
+    return parts
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

@@ -81,6 +81,40 @@ class Untraceable(nn.Module):
         return self.grouped(self.again(F.relu(self.shared(x))))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm with values per channel in a module inside it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU(channels)
+        nn.init.uniform_(self.act.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class Entangled(nn.Module):
+    """A norm called twice, two convolutions with one weight, and more that must not be permuted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.norm = nn.BatchNorm2d(8)
+        self.tied = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+        self.tied[1].weight = self.tied[0].weight
+        self.mix = nn.Conv2d(8, 8, 1, groups=2)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.norm_act = NormAct(8)
+        self.ends = nn.ModuleList(nn.Conv2d(channels, 8, 1) for channels in (3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.convs[0](self.ends[0](x)))
+        x = self.norm(self.convs[1](x))
+        x = self.tied[1](self.tied[0](self.convs[2](x)))
+        x = self.grouped(self.mix(x))
+        return self.ends[1](self.norm_act(self.convs[3](x)))
+
+
 def resnet18() -> nn.Module:
     return ResNet(BasicBlock, (2, 1, 1, 1), 5, width=8)
 
@@ -101,7 +135,7 @@ def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-NETWORKS = [resnet18, resnet50, resnext, UNet, Inverted, Untraceable]
+NETWORKS = [resnet18, resnet50, resnext, UNet, Inverted, Untraceable, Entangled]
 TIMM = [
     timm_model("resnet10t", channels=(8, 8, 16, 16)),
     timm_model("seresnet18", channels=(8, 8, 16, 16)),
@@ -202,6 +236,8 @@ def reordered(model: nn.Module) -> dict[str, tuple[bool, bool]]:
         (resnet18, {f"layer{i}.conv2": (False, True) for i in ("1.0", "1.1", "2.0", "3.0", "4.0")}),
         (UNet, {f"{name}.3": (False, True) for name in ("down", "bottom")}),
         (Inverted, {"middle": (False, True), "last": (False, True)}),
+        (TIMM[2], {"conv_stem": (False, True), "blocks.0.0.conv_dw": (True, False)}),
+        (Entangled, {f"convs.{i}": (False, True) for i in range(4)} | {"grouped": (True, False)}),
         (Untraceable, {"first": (False, True), "shared": (False, True), "grouped": (True, True)}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -299,7 +335,7 @@ def test_searchable_layers() -> None:
             "mode": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             "transposed": nn.ConvTranspose2d(4, 4, 3, padding=1),
             "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
-            "old norm": nn.utils.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+            "old norm": nn.utils.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)),
             "converted": ICConv2d(4, 4, 3, pattern={(1, 1): 4}),
         }
     )

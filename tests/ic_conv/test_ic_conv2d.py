@@ -217,12 +217,13 @@ def test_loads_states(kind: str, groups: int, pattern: dict[Dilation, int], bias
         (ICConv2d(8, 12, pattern={(1, 1): 6, (1, 4): 6}).state_dict(), r"conv.branches: .*1, 4, 2.*1, 4, 6"),
         (
             published_state(ICConv2d(8, 12, pattern={(1, 1): 5, (1, 4): 7})),
-            r"conv_list: .*\[6, 2, 4\].*\[5, 7\]",
+            r"conv_list: .*\(2, 8, 3, 3\).*got \[\(5, 8, 3, 3\), \(7, 8, 3, 3\)\]",
         ),
+        ({"output_order": torch.zeros(12, dtype=torch.int64)}, "output_order: must hold each of 12 channels"),
         ({"weight": torch.zeros(12, 8, 5, 5), "bias": torch.zeros(12)}, "size mismatch for conv.weight"),
         ({"weight": torch.zeros(12, 8, 3, 3)}, "Missing.*conv.bias"),
     ],
-    ids=["own", "published", "shape", "missing"],
+    ids=["own", "published", "order", "shape", "missing"],
 )
 def test_refuses_states_of_other_layers(other: dict[str, Tensor], message: str) -> None:
     model = nn.ModuleDict({"conv": ICConv2d(8, 12, pattern=PATTERN)})
