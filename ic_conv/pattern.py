@@ -213,8 +213,7 @@ class DilationPattern:
     def bind(self, layers: Sequence[tuple[str, int]]) -> DilationPattern:
         """The same pattern with the names of a network's layers.
 
-        Layers are matched by name when the network has the pattern's names (it may have more layers than
-        those), else in module order.
+        Layers are matched by name when pattern and network share names, else in module order.
 
         Args:
             layers: name and units of each searchable layer of the network, in module order.
@@ -224,10 +223,13 @@ class DilationPattern:
         """
         units = dict(layers)
         known = [name for name in self.names if name in units]
-        if known and len(known) < len(self.layers):
-            missing = next(name for name in self.names if name not in units)
-            raise ValueError(f"{self._where()}layer {missing} is not a searchable layer of the network")
-        if not known and len(self.layers) != len(layers):
+        if known and (odd := set(self.names) ^ set(units)):
+            name = min(map(str, odd))
+            lacks = "is not in the pattern" if name in units else "is not a searchable layer of the network"
+            raise ValueError(
+                f"{self._where()}layer {name} {lacks}: it was found for another network or filter"
+            )
+        if len(self.layers) != len(layers):
             raise ValueError(
                 f"{self._where()}the pattern has {len(self.layers)} layers, "
                 f"the network {len(layers)} searchable ones"

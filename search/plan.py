@@ -38,7 +38,7 @@ def measure_cost(options: SearchOptions, prepared: Prepared) -> Cost:
     device = resolve_device(options.train.device)
     task = prepared.task.to(device).train()
     if options.train.channels_last:
-        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.to(memory_format=torch.channels_last)
     batch = next(iter(build_loader(prepared.dataset, config.train_dataloader.batch_size)))
     batch = {name: value.to(device) for name, value in batch.items()}
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-6)

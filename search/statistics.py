@@ -61,7 +61,7 @@ def collect(
     if not layers:
         raise ValueError("the network has no grown layer: make a supernet with convert_to_supernet first")
     device = next(supernet.parameters()).device
-    sums = {name: _LayerSums(layer, space, residuals) for name, layer in layers.items()}
+    sums = {name: _LayerSums(name, layer, space, residuals) for name, layer in layers.items()}
     modes = [(module, module.training) for module in supernet.modules()]
     supernet.eval()
     size = None
@@ -94,7 +94,8 @@ def images_of(batch: Any) -> Tensor:
 class _LayerSums:
     """Forward hook of one layer that adds up its moments."""
 
-    def __init__(self, layer: SuperConv2d, space: DilationSpace, residuals: bool) -> None:
+    def __init__(self, name: str, layer: SuperConv2d, space: DilationSpace, residuals: bool) -> None:
+        self.name = name
         k = layer.kernel_size[0]
         self.first = torch.zeros(layer.in_channels, k, k, dtype=torch.float64)
         self.second = torch.zeros_like(self.first)
@@ -120,7 +121,9 @@ class _LayerSums:
 
     def moments(self, image_size: tuple[int, int]) -> LayerMoments:
         if not self.positions:
-            raise ValueError("a grown layer was never run by the network: leave it out with filter_fn")
+            raise ValueError(
+                f"{self.name}: the network never ran this grown layer; leave it out with filter_fn"
+            )
         return LayerMoments(
             mean=self.first / self.positions,
             square=self.second / self.positions,

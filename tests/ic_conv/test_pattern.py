@@ -186,14 +186,16 @@ NETWORK = [("layer1.0.conv2", 4), ("layer2.0.conv2", 8)]
 BAD_BINDINGS = [
     ([("a", 4)], "the pattern has 2 layers, the network 1"),
     ([("a", 4), ("b", 9)], "layer b: counts must sum to 9, got 8"),
-    ([("layer1.0.conv2", 4), ("b", 8)], "layer layer2.0.conv2 is not a searchable layer"),
+    ([("layer1.0.conv2", 4), ("b", 8)], "layer b is not in the pattern"),
+    ([("layer1.0.conv2", 4)], "layer layer2.0.conv2 is not a searchable layer of the network"),
+    ([*NETWORK, ("layer3.0.conv2", 8)], "layer layer3.0.conv2 is not in the pattern"),
     ([("layer1.0.conv2", 5), ("layer2.0.conv2", 8)], "layer layer1.0.conv2: counts must sum to 5, got 4"),
 ]
 
 
 def test_bind_matches_names_then_positions() -> None:
     pattern = small_pattern()
-    assert pattern.bind([("stem", 64), *NETWORK]) == pattern
+    assert pattern.bind(NETWORK) == pattern
     assert pattern.bind([("a.0", 4), ("b.0", 8)]).names == ("a.0", "b.0")
 
 
