@@ -24,13 +24,19 @@ from ic_conv.ops._involution2d_call import (
     memory_format,
 )
 from ic_conv.ops.backends import numba_involution2d, reference_involution2d, shift_involution2d
+from ic_conv.ops.backends.cupy_involution2d import CupyInvolution2d
 from ic_conv.ops.checks import Pair
 from ic_conv.ops.dispatch import Backend, BackendTable
 
 __all__ = ["INVOLUTION2D", "Dilation", "InvolutionCall", "checked_call", "involution2d"]
 
 # In order of preference. `cupy_plain` stands behind `shift`, which runs everything: only a request finds it.
-KERNELS: dict[str, Kernels] = {"numba": numba_involution2d, "shift": shift_involution2d}
+KERNELS: dict[str, Kernels] = {
+    "cupy": CupyInvolution2d(),
+    "numba": numba_involution2d,
+    "shift": shift_involution2d,
+    "cupy_plain": CupyInvolution2d(plain=True),
+}
 
 
 def involution2d(call: InvolutionCall, wanted: str | None = None) -> Tensor:
