@@ -161,9 +161,8 @@ def test_layouts(backend: str, layout: str) -> None:
         grad = grad[:1, :1, :1, :1].expand_as(grad)
     assert not (grad.is_contiguous() and x.is_contiguous())
     results = computed(case, backend, x, weight, grad)
-    for actual, reference in zip(
-        results, expected(case, x.double(), weight.double(), grad.double()), strict=True
-    ):
+    references = direct_sum(x.double(), weight.double(), grad.double(), **case.options)
+    for actual, reference in zip(results, references, strict=True):
         assert_near(actual, reference)
     if layout == "channels last" and backend != "reference":
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in results[:2])
@@ -172,14 +171,14 @@ def test_layouts(backend: str, layout: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "shift"])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, per_group((1, 1), (2, 1))])
 def test_gradcheck(backend: str, options: dict[str, Any]) -> None:
-    x, weight, _ = tensors(Case(1, 4, 2, (5, 4), (3, 3), options))
+    x, weight, _ = tensors(Case(1, 4, 2, (3, 4), (3, 3), options))
     inputs = (x.requires_grad_(), weight.requires_grad_())
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return involution2d(x, weight, backend=backend, **options)
 
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
