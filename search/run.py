@@ -22,7 +22,7 @@ from search.arch import build_network, file_stem
 from search.criteria import DEFAULT_CRITERION
 from search.data import FolderImages, ScatteredDigits, build_loader
 from search.engine import TrainOptions, train
-from search.engine.checkpoint import load_weights
+from search.engine.checkpoint import STATE, load_weights
 from search.engine.options import resolve_device
 from search.report import draw_pattern
 from search.space import DilationSpace
@@ -106,7 +106,7 @@ def prepare(options: SearchOptions) -> Prepared:
         ValueError: network, data, sizes or checkpoint do not fit.
         OSError: the pattern file's folder cannot be written.
     """
-    _check_writable(options.pattern_path)
+    _check_output(options)
     space = options.space
     folder = options.data != DIGITS
     dataset: Dataset[Any]
@@ -223,7 +223,21 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_writable(path: Path) -> None:
+def _check_output(options: SearchOptions) -> None:
+    """That the result can be written, and that no unfinished training is lost."""
+    path = options.pattern_path
+    if path.suffix != ".json":
+        raise ValueError(f"a pattern file's name must end in .json, got {path}")
+    state = Path(options.train.work_dir) / STATE
+    if (
+        state.exists()
+        and not options.train.resume
+        and options.finder.needs_supernet
+        and not options.checkpoint
+    ):
+        raise ValueError(
+            f"{state} is an unfinished training: go on with --resume, or choose another --work-dir"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
