@@ -152,9 +152,8 @@ class Involution2d(nn.Module):
     def forward(self, x: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The output, or (output, kernels) with `return_kernel`."""
         kernel = self.generate_kernel(x)
-        # Under autocast the kernels have the low precision already; the input follows them.
         out = functional.involution2d(
-            x.to(kernel.dtype), kernel, stride=self.stride, dilation=self.dilations, backend=self.backend
+            x, kernel, stride=self.stride, dilation=self.dilations, backend=self.backend
         )
         return (out, kernel) if return_kernel else out
 

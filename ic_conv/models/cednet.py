@@ -9,7 +9,7 @@ from typing import Any
 from ic_conv.layers.cvolution2d import CVolution2d
 from ic_conv.models.rednet import RedNet, rednet
 
-DEFAULTS: dict[str, Any] = {"operator": CVolution2d, "kernel_size": 9}
+DEFAULTS: dict[str, Any] = {"operator": CVolution2d, "kernel_size": 9, "stem_kernel_size": 7}
 
 
 def cednet38(pattern_path: str | os.PathLike[str] | None = None, **options: Any) -> RedNet:
@@ -18,7 +18,7 @@ def cednet38(pattern_path: str | os.PathLike[str] | None = None, **options: Any)
 
 
 def cednet50(pattern_path: str | os.PathLike[str] | None = None, **options: Any) -> RedNet:
-    """CedNet-50: RedNet-50 with C-volutions of 9x9 windows; arguments as in `rednet`.
+    """CedNet-50: RedNet-50 with C-volutions of 9x9 windows, 7x7 in the stem; arguments as in `rednet`.
 
     Among the options are those of CVolution2d: `channel_reduction=None` leaves the channel branches out.
 
