@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Draws what a network's layers do on an image."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+# Python puts this script's folder first, where search.py would pass for the package `search`.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+EPILOG = """example:
+  python tools/visualize.py involution --image photo.jpg --checkpoint rednet50.pth --stem-kernel-size 3 \\
+      --output maps.png
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from ic_conv import models
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser(
+        "involution", help="heat maps of the kernels that a RedNet or CedNet generates for an image"
+    )
+    command.set_defaults(run=draw_involution)
+    archs = [name for name in models.__all__ if name.startswith(("rednet", "cednet"))]
+    command.add_argument("--image", required=True, metavar="FILE", help="the image")
+    command.add_argument("--output", required=True, metavar="FILE", help="the picture, a .png for example")
+    command.add_argument("--arch", choices=archs, default="rednet50", help="default rednet50")
+    command.add_argument("--checkpoint", metavar="FILE", help="weights of this network, or published ones")
+    command.add_argument(
+        "--stem-kernel-size", type=int, metavar="K", help="window in the stem; 3 for published classifiers"
+    )
+    command.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="involutions to draw (default: the last of each stage)"
+    )
+    command.add_argument(
+        "--groups", type=int, default=6, metavar="N", help="the most maps of a layer (default 6)"
+    )
+    command.add_argument(
+        "--image-size", type=int, default=448, metavar="PX", help="short side of the image (default 448)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw_involution(args: argparse.Namespace) -> None:
+    import torch
+
+    from ic_conv import models
+    from ic_conv.visualize import draw_kernel_maps, kernel_maps, last_of_each_stage, read_image
+
+    image = read_image(args.image, args.image_size)
+    torch.manual_seed(0)
+    options = {} if args.stem_kernel_size is None else {"stem_kernel_size": args.stem_kernel_size}
+    net = getattr(models, args.arch)(weights=args.checkpoint, **options)
+    weights = Path(args.checkpoint).name if args.checkpoint else "random weights"
+    if args.checkpoint is None:
+        print(
+            "no --checkpoint: the weights are random, so the maps show no learned attention", file=sys.stderr
+        )
+    maps = kernel_maps(net, image, args.layers or last_of_each_stage(net))
+    title = f"Sums of the kernels that {args.arch} generates ({weights})"
+    draw_kernel_maps(image, maps, args.output, title, args.groups)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
