@@ -66,7 +66,14 @@ def make_task(**options: Any) -> Task:
 
 def options_for(folder: Path, **changes: Any) -> TrainOptions:
     short = TrainOptions(
-        folder, steps=8, batch_size=2, device="cpu", workers=0, checkpoint_interval=3, progress=False
+        folder,
+        steps=8,
+        batch_size=2,
+        lr=0.01,
+        device="cpu",
+        workers=0,
+        checkpoint_interval=3,
+        progress=False,
     )
     return replace(short, **changes)
 
@@ -79,7 +86,7 @@ def test_training_learns_and_its_checkpoint_loads(tmp_path: Path, capsys: pytest
     task = make_task(width=16)
     val = ScatteredDigits("val", length=32)
     path = train(
-        task, ScatteredDigits(), options_for(tmp_path / "run", steps=40, batch_size=8, lr=0.01, progress=True)
+        task, ScatteredDigits(), options_for(tmp_path / "run", steps=40, batch_size=8, progress=True)
     )
     assert path == tmp_path / "run" / "final.pt"
     assert not (tmp_path / "run" / "state.pt").exists()
@@ -165,7 +172,7 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path: Path, interval: int, 
         return x
 
     task = make_task(at_step=spoil)
-    words = f"the {where}.* became (nan|inf).*lower lr than 0.001; " + (
+    words = f"the {where}.* became (nan|inf).*lower lr than 0.01; " + (
         "the state before it is kept in .*state.pt" if interval == 3 else "no state was saved yet"
     )
     with pytest.raises(NonFiniteLossError, match=words):

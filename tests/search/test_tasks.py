@@ -95,10 +95,10 @@ SMALL, LARGE = (3, 10.0, 10.0, 10.0), (3, 40.0, 40.0, 45.0)  # reach 3 px and 13
             0,
             id="wrong-class-on-other-size",
         ),
-        # the nearer of two objects is taken, so that both are found
+        # the first peak reaches both objects and takes the nearer, the second reaches the other alone
         pytest.param(
-            [[(0.9, 3, 40, 40), (0.8, 3, 30, 40)]],
-            [[LARGE, (3, 30.0, 40.0, 44.0)]],
+            [[(0.9, 3, 38, 40), (0.8, 3, 20, 40)]],
+            [[(3, 30.0, 40.0, 44.0), LARGE]],
             100,
             NAN,
             100,
@@ -130,7 +130,7 @@ def test_heatmap_targets_match_a_loop() -> None:
     labels = torch.tensor([[1, 1, -1], [0, 2, 1]])
     boxes = torch.tensor(
         [
-            [[2.0, 2, 12, 12], [8.0, 4, 40, 44], [0, 0, 0, 0]],
+            [[0.0, 0, 40, 40], [16, 8, 48, 40], [0, 0, 0, 0]],
             [[0.0, 0, 8, 4], [20, 20, 60, 63], [40, 2, 63, 31]],
         ]
     )
