@@ -6,13 +6,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from ic_conv._channels import ChannelGraph, Destinations, is_conv2d, own_tensors
 from ic_conv.layers.ic_conv2d import ICConv2d
+from ic_conv.layers.involution2d import Involution2d
 from ic_conv.pattern import DilationPattern, LayerPattern
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,11 @@ Filter = Callable[[nn.Module, str], bool]
 
 def searchable_layers(
     model: nn.Module, base_kernel: int = 3, filter_fn: Filter | None = None
-) -> dict[str, nn.Conv2d]:
-    """The convolutions whose dilations can be searched, by name and in module order; shared ones once.
+) -> dict[str, nn.Conv2d | Involution2d]:
+    """The layers whose dilations can be searched, by name and in module order; shared ones once.
 
-    They have exactly the base kernel, dilation 1 and 'same' zero padding. Subclasses that compute something
-    else than `torch.nn.Conv2d` are left out.
+    They are convolutions with exactly the base kernel, dilation 1 and 'same' zero padding, and involutions
+    with such a window. Subclasses that compute something else than `torch.nn.Conv2d` are left out.
 
     Args:
         model: any module.
@@ -57,7 +58,7 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module
 def apply_pattern(
     model: nn.Module, pattern: DilationPattern, *, filter_fn: Filter | None = None, inplace: bool = False
 ) -> nn.Module:
-    """Replaces a network's searchable convolutions by inception convolutions.
+    """Replaces a network's searchable convolutions by inception convolutions; involutions get dilations too.
 
     The network is a plain one, whose weights are kept, or the supernet on which the pattern was found: then
     each channel keeps those taps of its large kernel that its dilation selects. If the pattern knows which
@@ -93,26 +94,30 @@ def apply_pattern(
     }
     if not layers:
         raise ValueError(
-            "no layer to convert: the network has no convolution that the filter lets through with a "
-            f"{pattern.base_kernel}x{pattern.base_kernel} kernel, dilation 1 and 'same' zero padding"
+            "no layer to convert: the network has no convolution or involution that the filter lets through "
+            f"with a {pattern.base_kernel}x{pattern.base_kernel} kernel, dilation 1 and 'same' zero padding"
         )
-    bound = pattern.bind([(name, _units(conv)) for name, conv in layers.items()])
+    bound = pattern.bind([(name, units_of(layer)) for name, layer in layers.items()])
     chosen = {str(layer.name): layer for layer in bound.layers}
-    leftovers = _arrange(network, chosen)
-    new = {
-        name: _convert(layers[name], layer, pattern.base_kernel, leftovers.get(name, {}))
-        for name, layer in chosen.items()
-    }
-    logger.info("inception convolutions: %s", ", ".join(new))
+    convs = {name: layer for name, layer in chosen.items() if isinstance(layers[name], nn.Conv2d)}
+    leftovers = _arrange(network, convs)
+    new: dict[str, nn.Module] = {}
+    for name, layer in chosen.items():
+        old = layers[name]
+        if isinstance(old, Involution2d):
+            new[name] = _dilate(old, layer, pattern.base_kernel)
+        else:
+            new[name] = _convert(old, layer, pattern.base_kernel, leftovers.get(name, {}))
+    logger.info("layers with a dilation pattern: %s", ", ".join(new))
     if leftovers:
         logger.info("outputs put back into the original channel order: %s", ", ".join(leftovers))
-    if unchanged := layers.keys() - new.keys():
-        logger.warning("not in the pattern, so left as they are: %s", ", ".join(sorted(unchanged)))
     return replace_modules(network, new)
 
 
-def _is_plain(module: nn.Module, kernel: int) -> TypeGuard[nn.Conv2d]:
-    """Whether it is an ordinary convolution of this kernel size with dilation 1 and 'same' zero padding."""
+def _is_plain(module: nn.Module, kernel: int) -> TypeGuard[nn.Conv2d | Involution2d]:
+    """Whether it is a layer of this kernel size with dilation 1 and 'same' zero padding."""
+    if isinstance(module, Involution2d):
+        return module.kernel_size == (kernel, kernel) and module.group_dilations is None
     return (
         is_conv2d(module)
         and module.kernel_size == (kernel, kernel)
@@ -122,8 +127,9 @@ def _is_plain(module: nn.Module, kernel: int) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def _units(conv: nn.Conv2d) -> int:
-    return conv.out_channels if conv.groups == 1 else conv.groups
+def units_of(layer: nn.Conv2d | Involution2d) -> int:
+    """What a pattern counts in this layer: output channels, or the groups of a grouped layer."""
+    return layer.out_channels if isinstance(layer, nn.Conv2d) and layer.groups == 1 else layer.groups
 
 
 def _arrange(network: nn.Module, chosen: Mapping[str, LayerPattern]) -> dict[str, dict[str, Tensor]]:
@@ -220,6 +226,38 @@ def _convert(
     for name, order in orders.items():
         setattr(new, name, order.to(conv.weight.device))
     return new.train(conv.training)
+
+
+@torch.no_grad()
+def _dilate(layer: Involution2d, pattern: LayerPattern, base_kernel: int) -> Involution2d:
+    """The involution with a dilation per group; of a grown window those taps stay that the dilations read."""
+    if layer.kernel_size == (base_kernel, base_kernel):
+        layer.set_pattern(pattern)
+        return layer
+    old = cast(nn.Conv2d, layer.conv2[0])
+    new = Involution2d(
+        layer.channels,
+        base_kernel,
+        layer.stride,
+        layer.group_channels,
+        layer.reduction,
+        layer.kernel_generation,
+        pattern=pattern,
+        backend=layer.backend,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    new.conv1 = layer.conv1
+    kernel, center = layer.kernel_size[0], layer.kernel_size[0] // 2
+    steps = torch.arange(base_kernel) - base_kernel // 2
+    rows = [
+        group * kernel**2 + (center + dy * steps[:, None]) * kernel + center + dx * steps
+        for group, (dy, dx) in enumerate(new.dilations)
+    ]
+    kept = torch.cat([row.flatten() for row in rows]).to(old.weight.device)
+    for name, value in old.named_parameters():
+        setattr(new.conv2[0], name, nn.Parameter(value[kept], requires_grad=value.requires_grad))
+    return new.train(layer.training)
 
 
 def _crop(weight: Tensor, layer: LayerPattern, base_kernel: int) -> Tensor:

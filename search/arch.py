@@ -16,7 +16,7 @@ ALL_STAGES = (0, 1, 2, 3)
 
 def known_archs() -> list[str]:
     """Names that need no module path."""
-    return [name for name in ic_conv.models.__all__ if re.match(r"ic_resnex?t\d", name)]
+    return [name for name in ic_conv.models.__all__ if re.match(r"(ic_resnex?t|rednet|cednet)\d", name)]
 
 
 def build_network(arch: str, num_classes: int | None = None) -> nn.Module:

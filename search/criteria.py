@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How badly each candidate stands for the supernet's kernel: the error of every channel and candidate.
 
-A criterion takes weight (O, C / groups, K, K), moments, space and groups, and returns float64 errors
-(O, D) relative to the channel's own scale (0: nothing lost), since batch normalisation removes that scale.
+A criterion takes the moments of a layer and the space, and returns float64 errors (O, D) relative to the
+channel's own scale (0: nothing lost), since batch normalisation removes that scale.
 
-Legend: C input channels, O output channels, K kernel size, D candidates.
+Legend: O output channels, K kernel size, D candidates.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch import Tensor
 from search.space import DilationSpace
 from search.statistics import LayerMoments
 
-Criterion = Callable[[Tensor, LayerMoments, DilationSpace, int], Tensor]
+Criterion = Callable[[LayerMoments, DilationSpace], Tensor]
 
 
-def energy(weight: Tensor, moments: LayerMoments, space: DilationSpace, groups: int = 1) -> Tensor:
+def energy(moments: LayerMoments, space: DilationSpace) -> Tensor:
     """Share of the energy, sum over inputs of w^2 E[x^2], that stands on the taps left out."""
-    return _share_left_out(_tap_sums(weight, moments.square, groups, squared=True), space)
+    return _share_left_out(moments.tap_energies(), space)
 
 
-def expectation(weight: Tensor, moments: LayerMoments, space: DilationSpace, groups: int = 1) -> Tensor:
+def expectation(moments: LayerMoments, space: DilationSpace) -> Tensor:
     """The paper's criterion, |E[W x] - E[W_d x]| (IC-Conv, CVPR 2021, eq. 4); taps may cancel.
 
     Relative to the sum of the taps' absolute means.
     """
-    means = _tap_sums(weight, moments.mean, groups)
+    means = moments.tap_means()
     left_out = means.sum(1, keepdim=True) - means[:, space.taps].sum(2)
     return _relative(left_out.abs(), means.abs().sum(1))
 
 
-def taps(weight: Tensor, moments: LayerMoments, space: DilationSpace, groups: int = 1) -> Tensor:
+def taps(moments: LayerMoments, space: DilationSpace) -> Tensor:
     """Like `expectation`, but without cancellation: the absolute mean of each tap left out, summed."""
-    return _share_left_out(_tap_sums(weight, moments.mean, groups).abs(), space)
+    return _share_left_out(moments.tap_means().abs(), space)
 
 
-def mse(weight: Tensor, moments: LayerMoments, space: DilationSpace, groups: int = 1) -> Tensor:
+def mse(moments: LayerMoments, space: DilationSpace) -> Tensor:
     """Mean squared difference of the supernet's and the candidate's output, means removed."""
     if moments.residual is None or moments.variance is None:
         raise ValueError("the criterion mse needs moments that were collected with residuals=True")
@@ -68,19 +68,6 @@ def criterion(name: str) -> Criterion:
 def needs_residuals(name: str) -> bool:
     """Whether the criterion needs `collect(..., residuals=True)`."""
     return criterion(name) is mse
-
-
-def _tap_sums(weight: Tensor, moment: Tensor, groups: int, squared: bool = False) -> Tensor:
-    """Sum over input channels of weight (or its square) times moment, tap by tap: float64 (O, K * K)."""
-    per_group = moment.flatten(1).to(weight.device, weight.dtype).unflatten(0, (groups, -1))
-    flat = weight.detach().flatten(2).unflatten(0, (groups, -1))
-    # One output channel at a time stays in the cache; a whole 13x13 layer does not.
-    sums = [
-        ((channel.square() if squared else channel) * per_group[group]).sum(0)
-        for group in range(groups)
-        for channel in flat[group]
-    ]
-    return torch.stack(sums).double().cpu()
 
 
 def _share_left_out(amounts: Tensor, space: DilationSpace) -> Tensor:

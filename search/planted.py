@@ -20,7 +20,7 @@ from search.assign import assign_argmin, unit_errors
 from search.criteria import CRITERIA
 from search.space import DilationSpace
 from search.statistics import collect
-from search.supernet import convert_to_supernet, super_layers
+from search.supernet import convert_to_supernet
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,10 @@ def planted_recovery(seed: int, task: PlantedTask | None = None) -> tuple[dict[s
         supernet = convert_to_supernet(plain, task.kernel)
     reached = _fit(supernet, kernel, task, generator)
 
-    layer = super_layers(supernet)["0"]
     moments = collect(supernet, _batches(task, generator, 8), space, residuals=True)["0"]
     found = {}
     for name, criterion in CRITERIA.items():
-        errors = unit_errors(criterion(layer.weight, moments, space, 1), task.out_channels)
+        errors = unit_errors(criterion(moments, space), task.out_channels)
         assignment = assign_argmin(errors, space).assignment or ()
         hits = [
             dilation == space.candidates[index] for dilation, index in zip(assignment, planted, strict=True)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ic_conv.convert import replace_modules, searchable_layers
+from ic_conv.layers import Involution2d
 from search.space import DilationSpace
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,50 @@ class SuperConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, base_kernel={self.base_kernel}"
 
 
+class SuperInvolution2d(Involution2d):
+    """An involution whose window was grown; see SuperConv2d."""
+
+    base_kernel: int
+
+    @classmethod
+    def grow(cls, layer: Involution2d, space: DilationSpace, init: Init) -> SuperInvolution2d:
+        """A grown copy; the reducing half of the kernel generation is taken over."""
+        weight = next(layer.conv2.parameters())
+        grown = cls(
+            layer.channels,
+            space.kernel,
+            layer.stride,
+            layer.group_channels,
+            layer.reduction,
+            layer.kernel_generation,
+            backend=layer.backend,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        grown.base_kernel = space.base_kernel
+        grown.conv1 = layer.conv1
+        if init == "inflate":
+            margin = (space.kernel - space.base_kernel) // 2
+
+            def inflated(rows: Tensor) -> Tensor:
+                taps = rows.unflatten(0, (layer.groups, space.base_kernel, space.base_kernel)).movedim(0, -1)
+                wide = nn.functional.pad(taps.movedim((0, 1), (-2, -1)), [margin] * 4)
+                return wide.movedim((-2, -1), (0, 1)).movedim(-1, 0).flatten(0, 2)
+
+            with torch.no_grad():
+                for new, old in zip(grown.conv2.parameters(), layer.conv2.parameters(), strict=True):
+                    new.copy_(inflated(old))
+        for new, old in zip(grown.conv2.parameters(), layer.conv2.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        return grown.train(layer.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, base_kernel={self.base_kernel}"
+
+
+SuperLayer = SuperConv2d | SuperInvolution2d
+
+
 def convert_to_supernet(
     model: nn.Module,
     kernel_size: int,
@@ -65,10 +110,10 @@ def convert_to_supernet(
     init: Init = "default",
     inplace: bool = False,
 ) -> nn.Module:
-    """Grows every searchable convolution of any network to kernel_size.
+    """Grows every searchable layer of any network to kernel_size.
 
-    Searchable is a convolution of exactly the base kernel with dilation 1 and 'same' zero padding; strides
-    and groups are kept.
+    Searchable is a convolution of exactly the base kernel with dilation 1 and 'same' zero padding, and an
+    involution with such a window; strides and groups are kept.
 
     Args:
         model: any module. It stays untouched unless `inplace`.
@@ -80,7 +125,7 @@ def convert_to_supernet(
         inplace: change `model` itself.
 
     Returns:
-        The supernet; the grown layers are `SuperConv2d`.
+        The supernet; the grown layers are `SuperConv2d` and `SuperInvolution2d`.
 
     Raises:
         ValueError: sizes that do not fit, an unknown init, or no searchable layer.
@@ -92,17 +137,20 @@ def convert_to_supernet(
     layers = searchable_layers(supernet, base_kernel, filter_fn)
     if not layers:
         raise ValueError(
-            f"no searchable layer: the network has no {base_kernel}x{base_kernel} convolution with "
-            "dilation 1 and 'same' zero padding that the filter lets through"
+            f"no searchable layer: the network has no {base_kernel}x{base_kernel} convolution or involution "
+            "with dilation 1 and 'same' zero padding that the filter lets through"
         )
-    grown = {name: SuperConv2d.grow(conv, space, init) for name, conv in layers.items()}
+    grown = {
+        name: (SuperInvolution2d if isinstance(layer, Involution2d) else SuperConv2d).grow(layer, space, init)  # type: ignore[arg-type]
+        for name, layer in layers.items()
+    }
     logger.info("grown to %dx%d: %s", kernel_size, kernel_size, ", ".join(grown))
     return replace_modules(supernet, grown)
 
 
-def super_layers(supernet: nn.Module) -> dict[str, SuperConv2d]:
+def super_layers(supernet: nn.Module) -> dict[str, SuperLayer]:
     """The grown layers by name, in module order."""
-    return {name: module for name, module in supernet.named_modules() if isinstance(module, SuperConv2d)}
+    return {name: module for name, module in supernet.named_modules() if isinstance(module, SuperLayer)}
 
 
 def space_of(supernet: nn.Module) -> DilationSpace:

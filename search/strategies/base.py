@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from ic_conv.convert import units_of
 from ic_conv.pattern import DilationPattern
 from search.space import DilationSpace
 from search.supernet import space_of, super_layers
@@ -37,10 +38,7 @@ class SearchTask:
     @classmethod
     def of(cls, supernet: nn.Module, batches: Iterable[Any] = (), seed: int = 0) -> SearchTask:
         """The task of finding the pattern of a supernet."""
-        units = {
-            name: layer.out_channels if layer.groups == 1 else layer.groups
-            for name, layer in super_layers(supernet).items()
-        }
+        units = {name: units_of(layer) for name, layer in super_layers(supernet).items()}
         return cls(space_of(supernet), units, seed, supernet, lambda: batches)
 
     def rng(self, layer: int) -> np.random.Generator:

@@ -14,7 +14,6 @@ from search.assign import assign_argmin, unit_errors
 from search.criteria import DEFAULT_CRITERION, criterion, needs_residuals
 from search.statistics import LayerMoments, collect
 from search.strategies.base import SearchTask, Strategy
-from search.supernet import super_layers
 
 
 class EDOStrategy(Strategy):
@@ -42,12 +41,11 @@ class EDOStrategy(Strategy):
 
     def from_moments(self, task: SearchTask, moments: dict[str, LayerMoments]) -> DilationPattern:
         """The pattern for moments that were collected before. Costs no forward pass."""
-        assert task.supernet is not None
         errors_of = criterion(self.criterion)
         layers, mean_errors = [], {}
-        for name, layer in super_layers(task.supernet).items():
-            errors = errors_of(layer.weight, moments[name], task.space, layer.groups)
-            by_unit = unit_errors(errors, task.units[name])
+        for name, units in task.units.items():
+            errors = errors_of(moments[name], task.space)
+            by_unit = unit_errors(errors, units)
             layers.append(assign_argmin(by_unit, task.space, name))
             mean_errors[name] = round(float(by_unit.min(axis=1).mean()), 6)
         pattern = DilationPattern(tuple(layers), task.space.kernel, task.space.base_kernel)

@@ -4,27 +4,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from search import DilationSpace, convert_to_supernet
+from search._moments import ConvMoments
 from search.assign import assign_argmin, unit_errors
 from search.criteria import CRITERIA, criterion, needs_residuals
 from search.planted import PlantedTask, planted_recovery
-from search.statistics import LayerMoments, collect
+from search.statistics import collect
 from search.supernet import super_layers
 
 SPACE = DilationSpace(5)
 
 
-def hand_made(
-    weights: dict[tuple[int, int], float], mean: float = 1.0, square: float = 2.0
-) -> tuple[Tensor, LayerMoments]:
+def hand_made(weights: dict[tuple[int, int], float], mean: float = 1.0, square: float = 2.0) -> ConvMoments:
     """One channel with the given taps (row, column from the centre) over one input of constant moments."""
     weight = torch.zeros(1, 1, 5, 5)
     for (row, column), value in weights.items():
         weight[0, 0, 2 + row, 2 + column] = value
     grid = torch.ones(1, 5, 5, dtype=torch.float64)
-    return weight, LayerMoments(grid * mean, grid * square, None, None, (1.0, 1.0))
+    return ConvMoments(None, None, (1.0, 1.0), weight, grid * mean, grid * square)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +40,7 @@ def hand_made(
 def test_errors_of_a_hand_made_kernel(
     name: str, weights: dict[tuple[int, int], float], expected: list[float]
 ) -> None:
-    weight, moments = hand_made(weights)
-    errors = criterion(name)(weight, moments, SPACE, 1)
+    errors = criterion(name)(hand_made(weights), SPACE)
     torch.testing.assert_close(errors, torch.tensor([expected], dtype=torch.float64))
 
 
@@ -72,7 +70,7 @@ def test_criteria_equal_their_definitions(groups: int) -> None:
             "mse": (outputs - kept).var(0, correction=0) / outputs.var(0, correction=0),
         }
         for name, error in expected.items():
-            found = criterion(name)(layer.weight, moments, SPACE, groups)[:, index]
+            found = criterion(name)(moments, SPACE)[:, index]
             torch.testing.assert_close(found, error, rtol=1e-9, atol=1e-12, msg=name)
 
 
@@ -81,7 +79,7 @@ def test_a_dead_channel_becomes_plain(name: str) -> None:
     supernet = convert_to_supernet(nn.Conv2d(2, 3, 3, padding=1, bias=False), 5)
     super_layers(supernet)[""].weight.data[1] = 0
     moments = collect(supernet, [torch.rand(2, 2, 9, 9)], SPACE, residuals=True)[""]
-    errors = criterion(name)(super_layers(supernet)[""].weight, moments, SPACE, 1)
+    errors = criterion(name)(moments, SPACE)
     assert torch.equal(errors[1], torch.zeros(4, dtype=torch.float64))
     assert assign_argmin(unit_errors(errors, 3), SPACE).assignment[1] == (1, 1)
 
@@ -105,7 +103,7 @@ def test_unknown_criterion_lists_the_known_ones() -> None:
         criterion("foo")
     assert needs_residuals("mse") and not needs_residuals("energy")
     with pytest.raises(ValueError, match="residuals=True"):
-        criterion("mse")(*hand_made({(0, 0): 1}), SPACE, 1)
+        criterion("mse")(hand_made({(0, 0): 1}), SPACE)
 
 
 @pytest.mark.slow
