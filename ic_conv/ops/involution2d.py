@@ -41,30 +41,31 @@ KERNELS: dict[str, Kernels] = {
 
 def involution2d(call: InvolutionCall, wanted: str | None = None) -> Tensor:
     """y (N, C, Ho, Wo) from the first backend that can run the call, or from the wanted one."""
-    if _exporting():
+    if torch.jit.is_tracing():
         return shift_involution2d.traced(call)
     if not torch.compiler.is_compiling():
         return INVOLUTION2D.choose(call, wanted).run(call)
     x = call.x
-    name = _choose_for_compiler(x.device, x.dtype, x.shape[1] // call.geometry.groups, wanted)
+    name = _choose_for_graph(x.device, x.dtype, x.shape[1] // call.geometry.groups, wanted)
     if name == "reference":
         return reference_involution2d.involution2d(call)
     return shift_involution2d.traced(call) if name == "shift" else _run_operator(name, call)
 
 
-def _exporting() -> bool:
-    if torch.jit.is_tracing():
-        return True
-    # Before PyTorch 2.7 compiling is not told from exporting.
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+def _choose_for_graph(device: torch.device, dtype: torch.dtype, channels: int, wanted: str | None) -> str:
+    """The backend's name. A compiler cannot trace probes and logging, so it runs this once, for one group.
 
-
-@torch.compiler.assume_constant_result
-def _choose_for_compiler(device: torch.device, dtype: torch.dtype, channels: int, wanted: str | None) -> str:
-    """The chosen name. Probes and logging cannot be traced, so the compiler runs this once, for one group."""
+    Exported graphs hold plain operations only. Before PyTorch 2.7 exporting cannot be told from compiling.
+    """
+    if getattr(torch.compiler, "is_exporting", lambda: True)():
+        return "shift"
     x = torch.empty((0, channels, 1, 1), device=device, dtype=dtype)
     weight = torch.empty((0, 1, 1, 1, 1, 1), device=device, dtype=dtype)
     return INVOLUTION2D.choose(checked_call(x, weight, 1, None, 1), wanted).name
+
+
+# What torch.compiler.assume_constant_result sets; to call that would import the compiler with this module.
+_choose_for_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run_operator(name: str, call: InvolutionCall) -> Tensor:

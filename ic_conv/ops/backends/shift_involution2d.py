@@ -28,21 +28,11 @@ def why_not(call: InvolutionCall | None) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    y = _zeros(x, geometry.out_size)
-    source, sums = _wide(x, geometry), _by_group(y, geometry)
-    for groups, (u, v), out, inside in _taps(geometry):
-        tap = weight[:, groups, u, v][out].unsqueeze(2).to(y.dtype)
-        sums[:, groups][out].addcmul_(source[:, groups][inside], tap)
-    return y.to(x.dtype)
+    return _gather(x, weight, geometry, geometry.out_size)
 
 
 def grad_input(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    grad_x = _zeros(grad, geometry.size)
-    source, sums = _wide(grad, geometry), _by_group(grad_x, geometry)
-    for groups, (u, v), out, inside in _taps(geometry):
-        tap = weight[:, groups, u, v][out].unsqueeze(2).to(grad_x.dtype)
-        sums[:, groups][inside].addcmul_(source[:, groups][out], tap)
-    return grad_x.to(grad.dtype)
+    return _gather(grad, weight, geometry, geometry.size, adjoint=True)
 
 
 def grad_weight(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
@@ -77,6 +67,19 @@ def traced(call: InvolutionCall) -> Tensor:
         assert sums is not None
         parts.append(sums.flatten(1, 2))
     return torch.cat(parts, 1).to(call.x.dtype)
+
+
+def _gather(
+    source: Tensor, weight: Tensor, geometry: Geometry, size: tuple[int, int], adjoint: bool = False
+) -> Tensor:
+    target = _zeros(source, size)
+    sums, terms = _by_group(target, geometry), _wide(source, geometry)
+    for groups, (u, v), out, inside in _taps(geometry):
+        write, read = (inside, out) if adjoint else (out, inside)
+        tap = weight[:, groups, u, v][out].unsqueeze(2).to(target.dtype)
+        sums[:, groups][write].addcmul_(terms[:, groups][read], tap)
+    del terms  # of half precision it is a copy, not needed beside the rounded result
+    return target.to(source.dtype)
 
 
 def _taps(geometry: Geometry) -> Iterator[tuple[slice, tuple[int, int], Area, Area]]:
