@@ -87,20 +87,22 @@ class StateHook(Hook):
             scheduler.load_state_dict(values)
         runner.train_loop._iter = state["step"]  # as Runner.resume does; the loop skips the data order
         torch.set_rng_state(state["cpu_rng"])
-        if state["gpu_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["gpu_rng"])
+        device = device_of(runner.model)
+        if device.type == "cuda" and state["gpu_rng"] is not None:
+            torch.cuda.set_rng_state(state["gpu_rng"], device)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         step = batch_idx + 1
-        stop = self.interrupt.anywhere(next(runner.model.parameters()).device)
+        stop = self.interrupt.anywhere(device_of(runner.model))
         if step < runner.max_iters and (stop or step % self.interval == 0) and is_main_process():
             self.save(runner, step)
         if stop:
             raise KeyboardInterrupt
 
     def save(self, runner: Any, step: int) -> None:
+        device = device_of(runner.model)
         content = {
             "meta": dict(self.meta),
             "step": step,
@@ -108,7 +110,7 @@ class StateHook(Hook):
             "optimizer": runner.optim_wrapper.state_dict(),
             "schedulers": [scheduler.state_dict() for scheduler in runner.param_schedulers],
             "cpu_rng": torch.get_rng_state(),
-            "gpu_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "gpu_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
         write_checkpoint(self.path, content)
 
@@ -121,6 +123,10 @@ def check_identity(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: Pat
                 f"a resumed run needs the first run's options: {name} was {theirs.get(name)}, "
                 f"got {mine[name]}; see {path}"
             )
+
+
+def device_of(model: Any) -> torch.device:
+    return next(model.parameters()).device
 
 
 def bare(model: Any) -> Any:

@@ -24,7 +24,7 @@ class _Guarded(OptimWrapper):
 
     def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"the loss became {loss.item()}")
+            raise NonFiniteLossError(f"the loss became {loss.item()} in step {self._inner_count + 1}")
         super().update_params(loss, *args, **kwargs)
 
     def _clip_grad(self) -> None:
@@ -33,7 +33,7 @@ class _Guarded(OptimWrapper):
         ]
         norm = nn.utils.clip_grad_norm_(parameters, **self.clip_grad_kwargs)
         if not self.skips_bad_gradients and not torch.isfinite(norm):
-            raise NonFiniteLossError(f"the gradient's norm became {norm.item()}")
+            raise NonFiniteLossError(f"the gradient's norm became {norm.item()} in step {self._inner_count}")
 
 
 class FullPrecision(_Guarded):

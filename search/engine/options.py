@@ -97,7 +97,7 @@ class TrainOptions:
             ):
                 if value is not None:
                     section[key] = value
-        except (AttributeError, KeyError, SyntaxError) as error:
+        except Exception as error:  # a config is code
             raise ValueError(
                 f"not a training config like {DEFAULT_CONFIG.name}: {self.config}: {error}"
             ) from error

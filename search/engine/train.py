@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,10 @@ def train(task: Task, dataset: Dataset[Any], options: TrainOptions) -> Path:
         try:
             loss = _run(task, dataset, options, config, device, meta)
         except NonFiniteLossError as error:
-            kept = f"the state before it is kept in {state}" if state.exists() else "no state was saved yet"
-            raise NonFiniteLossError(f"{error}; try a lower lr than {meta['lr']}; {kept}") from None
+            kept = f"the last good weights are in {state}" if state.exists() else "no weights were saved yet"
+            raise NonFiniteLossError(
+                f"{error}; start again with a lower lr than {meta['lr']}; {kept}"
+            ) from None
         if is_main_process():
             write_checkpoint(final, {"state_dict": task.state_dict(), "meta": {**meta, "loss": loss}})
             state.unlink(missing_ok=True)
@@ -132,6 +134,8 @@ class _QuietRunner(Runner):
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
         logger.handlers = [part for part in logger.handlers if isinstance(part, logging.FileHandler)]
+        for handler in logger.handlers:  # a full disk is told once, by the checkpoint
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         return logger
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
@@ -209,7 +213,8 @@ def _global_instances() -> Iterator[str]:
             for key in set(kind._instance_dict) - before:
                 instance = kind._instance_dict.pop(key)
                 for handler in getattr(instance, "handlers", ()):
-                    handler.close()
+                    with suppress(OSError):  # a full disk
+                        handler.close()
 
 
 def _stop_workers(runner: Runner) -> None:

@@ -98,7 +98,8 @@ def test_training_learns_and_its_checkpoint_loads(tmp_path: Path, capsys: pytest
     assert meta == content["meta"]
     assert evaluate(fresh, val, device="cpu") == evaluate(task, val, batch_size=5, device="cpu")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in printed] == ["1/40", "40/40"]  # and nothing of MMEngine's
+    assert all(line.startswith("step ") for line in printed)  # nothing of MMEngine's
+    assert [printed[i].split()[1] for i in (0, -1)] == ["1/40", "40/40"]
     logs = list((tmp_path / "run" / "log").rglob("*.log"))
     assert len(logs) == 1
     assert printed[-1] in logs[0].read_text()
@@ -172,8 +173,8 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path: Path, interval: int, 
         return x
 
     task = make_task(at_step=spoil)
-    words = f"the {where}.* became (nan|inf).*lower lr than 0.01; " + (
-        "the state before it is kept in .*state.pt" if interval == 3 else "no state was saved yet"
+    words = f"the {where}.* became (nan|inf) in step 5; .* lower lr than 0.01; " + (
+        "the last good weights are in .*state.pt" if interval == 3 else "no weights were saved yet"
     )
     with pytest.raises(NonFiniteLossError, match=words):
         train(task, DATA, options_for(tmp_path, checkpoint_interval=interval))
@@ -190,7 +191,8 @@ def test_interrupt_saves_the_completed_step_and_resume_ends_equal(tmp_path: Path
 
     def press(step: int, x: Tensor) -> Tensor:
         if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            for pid in (*(worker.pid for worker in multiprocessing.active_children()), os.getpid()):
+                os.kill(pid or 0, signal.SIGINT)  # as a terminal does
         return x
 
     options = options_for(tmp_path / "broken", workers=1, checkpoint_interval=100)
@@ -250,13 +252,16 @@ def test_resume_refuses_other_options_and_other_networks(tmp_path: Path, finishe
         train(make_task(width=4), DATA, options_for(tmp_path, resume=True))
 
 
-def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    """A limit on the size of files, as a full disk, stops the second state."""
+def test_full_disk_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files, as a full disk, stops the second state, and the log's lines."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr("search.engine.hooks._LINE_SECONDS", 0)
 
     def fill(step: int, x: Tensor) -> Tensor:
         if step == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
         return x
 
     try:
@@ -268,6 +273,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "state.pt"]
+    assert capfd.readouterr().err == ""
 
 
 def test_unwritable_work_dir(tmp_path: Path) -> None:
