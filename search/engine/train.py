@@ -135,7 +135,7 @@ class _QuietRunner(Runner):
         logger = super().build_logger(*args, **kwargs)
         logger.handlers = [part for part in logger.handlers if isinstance(part, logging.FileHandler)]
         for handler in logger.handlers:  # a full disk is told once, by the checkpoint
-            handler.handleError = lambda record: None  # type: ignore[method-assign]
+            handler.handleError = lambda record: None
         return logger
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
