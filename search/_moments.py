@@ -24,10 +24,9 @@ RESIDUAL_STEP = 8  # residuals on every 8th batch only: one costs about two forw
 
 @dataclass(frozen=True)
 class LayerMoments(ABC):
-    """Means run over images and those output positions at which a tap lies inside the image.
+    """Means run over images and output positions; padding counts as zeros, as the layer really sees it.
 
-    Padding does not count, since its share depends on the size of the image: a pattern that was found on
-    small images should serve large ones. A tap that never lies inside has mean 0.
+    So a tap that mostly reads padding, as far ones do on small maps, holds little.
 
     Attributes:
         residual: variance of the supernet's output minus each candidate's, float64 (O, D), if collected.
@@ -107,8 +106,7 @@ class LayerSums(ABC):
         self.name, self.space = name, space
         self.first = torch.zeros(inputs, space.kernel, space.kernel, dtype=torch.float64)
         self.second = torch.zeros_like(self.first)
-        self.inside = torch.zeros(space.kernel, space.kernel, dtype=torch.float64)
-        self.batches = 0
+        self.positions = self.batches = 0
         self.size = (0, 0)
         self.outputs = _Variance(outputs, 1) if residuals else None
         self.left_out = _Variance(outputs, len(space.candidates)) if residuals else None
@@ -121,20 +119,10 @@ class LayerSums(ABC):
     def moments(self, image_size: tuple[int, int]) -> LayerMoments:
         """The moments of everything that passed."""
 
-    def count(self, x: Tensor, output: Tensor, stride: tuple[int, ...]) -> None:
-        """Counts the positions at which each tap lies inside the image."""
+    def count(self, x: Tensor, output: Tensor) -> None:
         self.size = x.shape[-2], x.shape[-1]
-        rows, columns = (
-            tap_reads(self.space.kernel, self.size[axis], output.shape[axis + 2], stride[axis]).sum(1)
-            for axis in (0, 1)
-        )
-        self.inside += len(x) * rows[:, None] * columns
+        self.positions += len(x) * output.shape[-2] * output.shape[-1]
         self.batches += 1
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Mean and mean square under each tap."""
-        inside = self.inside.clamp_min(1)
-        return self.first / inside, self.second / inside
 
     def add_residuals(self, output: Tensor, candidates: Iterable[Tensor]) -> None:
         """Called once per batch, before `count`. `candidates` are consumed on every 8th batch only."""
@@ -146,7 +134,7 @@ class LayerSums(ABC):
 
     def common(self, image_size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None, tuple[float, float]]:
         """The fields of LayerMoments."""
-        if not self.batches:
+        if not self.positions:
             raise ValueError(
                 f"{self.name}: the network never ran this grown layer; leave it out with filter_fn"
             )
@@ -168,10 +156,12 @@ class ConvSums(LayerSums):
         self.first += self._window_sums(x.sum(0), output).cpu()
         self.second += self._window_sums(x.square().sum(0), output).cpu()
         self.add_residuals(output, self._candidates(x))
-        self.count(x, output, self.layer.stride)
+        self.count(x, output)
 
     def moments(self, image_size: tuple[int, int]) -> ConvMoments:
-        return ConvMoments(*self.common(image_size), self.layer.weight, *self.means(), self.layer.groups)
+        common = self.common(image_size)
+        mean, square = self.first / self.positions, self.second / self.positions
+        return ConvMoments(*common, self.layer.weight, mean, square, self.layer.groups)
 
     def _window_sums(self, total: Tensor, output: Tensor) -> Tensor:
         """Sum over output positions of the input under each tap: (C, H, W) -> (C, K, K).
@@ -180,12 +170,16 @@ class ConvSums(LayerSums):
         matrices select rows and columns; the batch is summed before, which makes this almost free.
         """
         rows, columns = (
-            tap_reads(
-                self.space.kernel, total.shape[axis + 1], output.shape[axis + 2], self.layer.stride[axis]
-            ).to(total.device)
+            self._tap_counts(axis, total.shape[axis + 1], output.shape[axis + 2], total.device)
             for axis in (0, 1)
         )
         return torch.einsum("uh,chw,vw->cuv", rows, total.double(), columns)
+
+    def _tap_counts(self, axis: int, size: int, outputs: int, device: torch.device) -> Tensor:
+        """Entry (u, h) is 1 where tap u of some output position reads row h."""
+        tap = torch.arange(self.space.kernel, device=device)[:, None] - self.space.kernel // 2
+        read = tap + torch.arange(outputs, device=device) * self.layer.stride[axis]
+        return F.one_hot(read.clamp(-1, size) + 1, size + 2).sum(1)[:, 1:-1].double()
 
     def _candidates(self, x: Tensor) -> Iterable[Tensor]:
         """Output of each candidate with its taps of the big kernel, without bias."""
@@ -221,12 +215,13 @@ class InvolutionSums(LayerSums):
                 self.first[:, u, v] += added.sum((0, 2, 3)).double().cpu()
                 self.second[:, u, v] += added.square().sum((0, 2, 3)).double().cpu()
         self.add_residuals(output, self._candidates(x, kernel))
-        self.count(x, output, self.layer.stride)
+        self.count(x, output)
         self.kernel = torch.zeros(0)
 
     def moments(self, image_size: tuple[int, int]) -> InvolutionMoments:
-        mean, square = self.means()
-        return InvolutionMoments(*self.common(image_size), mean.flatten(1), square.flatten(1))
+        common = self.common(image_size)
+        mean, square = (total.flatten(1) / self.positions for total in (self.first, self.second))
+        return InvolutionMoments(*common, mean, square)
 
     def _candidates(self, x: Tensor, kernel: Tensor) -> Iterable[Tensor]:
         """Output of each candidate with its taps of the generated kernels."""
@@ -254,13 +249,6 @@ class _Variance:
     def result(self) -> Tensor:
         mean, square = self.sums / torch.tensor(self.count, dtype=torch.float64)
         return (square - mean.square()).clamp_min(0)
-
-
-def tap_reads(kernel: int, size: int, outputs: int, stride: int) -> Tensor:
-    """Which rows a tap reads: float64 (kernel, size), 1 where tap u of some output position reads row h."""
-    tap = torch.arange(kernel)[:, None] - kernel // 2
-    read = tap + torch.arange(outputs) * stride
-    return F.one_hot(read.clamp(-1, size) + 1, size + 2).sum(1)[:, 1:-1].double()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class SearchOptions:
     strategy: str = "edo"
     criterion: str = DEFAULT_CRITERION
     data: str = DIGITS
-    image_size: int = 64
+    image_size: int = 96
     calibration_images: int = 512
     checkpoint: str | None = None
     output: Path | None = None
@@ -184,7 +184,7 @@ class _Calibration(Iterable[Tensor]):
         return (images_of(batch) for batch in islice(loader, len(self)))
 
     def _batch_size(self) -> int:
-        return self.options.train.batch_size or 16
+        return self.options.train.batch_size or 8
 
     def _spread(self) -> Any:
         """Image folders are sorted by class, so the calibration images are drawn from all over the data."""

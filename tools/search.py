@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     data.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     data.add_argument(
-        "--image-size", type=int, default=64, metavar="PX", help="side of the images (default 64)"
+        "--image-size", type=int, default=96, metavar="PX", help="side of the images (default 96)"
     )
     data.add_argument(
         "--calibration-images",
@@ -95,11 +95,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 250)")
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the data instead of steps")
     training.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="images per step and process (default 16)"
+        "--batch-size", type=int, default=8, metavar="N", help="images per step and process (default 8)"
     )
-    training.add_argument("--lr", type=float, help="peak learning rate (default 0.001)")
+    training.add_argument("--lr", type=float, help="peak learning rate (default 0.02)")
     training.add_argument(
-        "--workers", type=int, metavar="N", help="processes that prepare images (default 1)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that prepare images (default 0: none besides the training)",
     )
     training.add_argument(
         "--config",

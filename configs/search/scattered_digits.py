@@ -4,7 +4,7 @@
 
 train_cfg = dict(by_epoch=False, max_iters=250)
 # a batch takes 3 ms to make: less than it costs to fetch it from a worker on 2 cores
-train_dataloader = dict(batch_size=16, num_workers=0)
+train_dataloader = dict(batch_size=8, num_workers=0)
 optim_wrapper = dict(
     optimizer=dict(type="SGD", lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-4),
     clip_grad=dict(max_norm=5.0),

@@ -69,7 +69,7 @@ def test_the_main_job_ends_with_pattern_meta_picture_table_and_next_command(fold
     assert [(layer.name, layer.units) for layer in pattern.layers] == [("0", 8), ("2", 16), ("4", 4)]
     assert pattern.meta["architecture"] == "mynet:tiny" and pattern.meta["criterion"] == "energy"
     assert (
-        pattern.meta["training"] == {"steps": 3, "batch_size": 16}
+        pattern.meta["training"] == {"steps": 3, "batch_size": 8}
         and len(pattern.meta["supernet_sha256"]) == 64
     )
     with Image.open(folder / "run/tiny_k9.png") as picture:
