@@ -40,17 +40,7 @@ def benchmark(device: torch.device, rounds: int = 3) -> list[dict[str, Any]]:
         "statistics": lambda: collect(supernet, batches, space),
         "statistics for mse": lambda: collect(supernet, batches, space, residuals=True),
     }
-    seconds = _interleaved(passes, rounds, device)
-    rows = [
-        {
-            "network": "ResNet-50 k9",
-            "work": name,
-            "seconds": spent,
-            "ratio": spent / seconds["forward passes"],
-        }
-        for name, spent in seconds.items()
-    ]
-    return rows + _criteria(rounds)
+    return _rows("ResNet-50 k9", passes, device, rounds) + _criteria(rounds)
 
 
 def _criteria(rounds: int) -> list[dict[str, Any]]:
