@@ -100,8 +100,9 @@ def checked_call(
             "involution2d needs x (N, C, H, W) and weight (N, G, Kh, Kw, Ho, Wo);"
             f" got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
     checks.same_device_and_dtype(x=x, weight=weight)
     batch, groups, *kernel = weight.shape[:4]

@@ -140,6 +140,11 @@ def test_registration(backend: str, derivative: str) -> None:
     torch.library.opcheck(operator, arguments[derivative])
 
 
+def test_meta_tensors_have_the_right_size() -> None:
+    x, weight = (t.to("meta") for t in inputs())
+    assert involution2d(x, weight, 2).shape == (2, 16, 4, 4)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("backend", [None, *RUNNABLE])
 def test_compile(backend: str | None, channels_last: bool) -> None:

@@ -47,12 +47,26 @@ def _load(builder: Any, address: Any, vector: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _zeros(typing: Any, width: Any) -> Any:
-    """Lanes of zeros."""
+def _lanes(typing: Any, width: Any, source: Any, index: Any) -> Any:
+    """source[index : index + width]."""
     lanes = Lanes(width.literal_value)
-    return lanes(width), lambda context, builder, signature, args: ir.Constant(
-        context.get_value_type(lanes), [0.0] * lanes.width
-    )
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, source, args[1], args[2])
+        return _load(builder, address, context.get_value_type(lanes))
+
+    return lanes(width, source, index), build
+
+
+@intrinsic
+def _store(typing: Any, values: Any, target: Any, index: Any) -> Any:
+    """target[index : index + width] = values."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        address = _address(context, builder, target, args[1], args[2])
+        builder.store(args[0], builder.bitcast(address, args[0].type.as_pointer()), align=4)
+
+    return types.void(values, target, index), build
 
 
 @intrinsic
@@ -87,19 +101,6 @@ def _dot(typing: Any, width: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
         return builder.call(reduce, [ir.FloatType()(0.0), builder.fmul(left, right)], fastmath=("reassoc",))
 
     return types.float32(width, a, i, b, j), build
-
-
-@intrinsic
-def _store(typing: Any, values: Any, target: Any, index: Any, step: Any) -> Any:
-    """target[index + lane * step] = values[lane]."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> None:
-        address = _address(context, builder, target, args[1], args[2])
-        for lane in range(values.width):
-            builder.store(builder.extract_element(args[0], INT32(lane)), address)
-            address = builder.gep(address, [args[3]])
-
-    return types.void(values, target, index, step), build
 
 
 @numba.njit(nogil=True)
@@ -138,7 +139,9 @@ def _define(width: int) -> tuple[Callable[..., None], Callable[..., None]]:
         groups, height, image_width = weight.shape[1], target.shape[2], source.shape[3]
         channels = source.shape[1] // groups
         n_step, g_step, u_step, v_step, i_step, j_step = [s // 4 for s in weight.strides]
-        target_n, target_c, target_i, target_j = [s // 4 for s in target.strides]
+        sums = np.empty(
+            target.shape[3] * channels, np.float32
+        )  # of one line; short chains of additions overlap
         line = begin
         while line < end:
             unit, first = divmod(line, height)
@@ -157,20 +160,23 @@ def _define(width: int) -> tuple[Callable[..., None], Callable[..., None]]:
                 row_count, u, row, row_position = rows[g, i]
                 row_tap = n * n_step + g * g_step + u * u_step + row_position * i_step
                 row_pixel = (row - top) * image_width
-                for j in range(target.shape[3]):
-                    count, v, column, position = columns[g, j]
-                    first_tap = row_tap + v * v_step + position * j_step
-                    for c in range(0, channels, width):
-                        sums = _zeros(width)
-                        for k in range(row_count):
-                            tap = first_tap + k * row_jump
+                for c in range(0, channels, width):
+                    sums[:] = 0
+                    for k in range(row_count):
+                        for j in range(target.shape[3]):
+                            count, v, column, position = columns[g, j]
+                            tap = row_tap + k * row_jump + v * v_step + position * j_step
                             pixel = (row_pixel + column) * channels + c + k * pixel_row_jump
+                            partial = _lanes(width, sums, j * width)
                             for _ in range(count):
-                                sums = _add_tap(sums, weight, tap, pixels, pixel)
+                                partial = _add_tap(partial, weight, tap, pixels, pixel)
                                 tap += jump
                                 pixel += pixel_jump
-                        index = n * target_n + (g * channels + c) * target_c + i * target_i + j * target_j
-                        _store(sums, target, index, target_c)
+                            _store(partial, sums, j * width)
+                    for lane in range(width):
+                        row_of_target = target[n, g * channels + c + lane, i]
+                        for j in range(target.shape[3]):
+                            row_of_target[j] = sums[j * width + lane]
 
     def grad_weight(source, grad, target, rows, row_steps, columns, column_steps, begin, end):  # type: ignore[no-untyped-def]
         groups, height, image_width = target.shape[1], grad.shape[2], source.shape[3]

@@ -1,0 +1,177 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Measures operators and networks on this machine, every candidate in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Python puts this script's folder first, where search.py would pass for the package `search`.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+EPILOG = """examples:
+  python tools/benchmark.py --list                               backends that run here, and why others do not
+  python tools/benchmark.py involution --json involution.json    every layer size of RedNet-50
+  python tools/benchmark.py involution --layers layer1 --backends reference numba
+  python tools/benchmark.py backbones --channels-last            the published run time table, measured here
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from ic_conv.benchmark import backbones, involution
+    from ic_conv.ops.involution2d import INVOLUTION2D
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="print the tables of backends and stop")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
+    common.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    common.add_argument("--rounds", type=_positive, default=10, metavar="N", help="timed calls (default 10)")
+    common.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    command = commands.add_parser(
+        "involution", parents=[common], help="backends of involution, layer by layer"
+    )
+    layers = [layer.name for layer in involution.LAYERS]
+    command.add_argument("--layers", nargs="+", choices=layers, default=layers, help="default: all")
+    command.add_argument(
+        "--backends", nargs="+", choices=INVOLUTION2D.names, help="default: all that can run"
+    )
+    command.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="default float32"
+    )
+    command.set_defaults(run=run_involution)
+
+    command = commands.add_parser("backbones", parents=[common], help="run time of networks")
+    networks = list(backbones.NETWORKS)
+    command.add_argument("--networks", nargs="+", choices=networks, default=networks, help="default: all")
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
+    command.add_argument("--image-size", type=_positive, default=224, metavar="N", help="default 224")
+    command.add_argument("--channels-last", action="store_true", help="memory layout of images and weights")
+    command.add_argument(
+        "--pattern", metavar="FILE", help="of IC-ResNet-50; default: spread over dilations 1-4"
+    )
+    command.set_defaults(run=run_backbones)
+
+    args = parser.parse_args(argv)
+    if not args.list and "run" not in args:
+        parser.error("one of --list, involution and backbones is needed")
+    return args
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if args.list:
+            list_backends()
+        else:
+            run(args)
+    except KeyboardInterrupt:
+        return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def list_backends() -> None:
+    from ic_conv.ops.ic_conv2d import IC_CONV2D
+    from ic_conv.ops.involution2d import INVOLUTION2D
+
+    rows = []
+    for table in (INVOLUTION2D, IC_CONV2D):
+        for name, reason in table.available().items():
+            rows.append({"operator": table.op, "backend": name, "here": reason or "runs"})
+    show("Backends, in order of preference", rows)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    title, rows = args.run(args, device)
+    machine = describe_machine(device)
+    show(f"{title}\n{machine}", rows)
+    if args.json:
+        from ic_conv._files import write_text
+
+        write_text(args.json, json.dumps({"title": title, "machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+def run_involution(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:
+    import torch
+    from rich.progress import track
+
+    from ic_conv.benchmark import involution
+
+    chosen = [layer for layer in involution.LAYERS if layer.name in args.layers]
+    progress = track(chosen, "measuring", disable=not sys.stderr.isatty(), transient=True)
+    rows = involution.benchmark(progress, device, getattr(torch, args.dtype), args.rounds, args.backends)
+    return f"Involution, {args.dtype}", [row.as_dict() for row in rows]
+
+
+def run_backbones(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:
+    from ic_conv.benchmark import backbones
+    from ic_conv.pattern import DilationPattern
+
+    pattern = DilationPattern.load(args.pattern) if args.pattern else None
+    rows = backbones.benchmark(
+        args.networks, device, args.batch_size, args.image_size, args.rounds, args.channels_last, pattern
+    )
+    layout = "channels last" if args.channels_last else "contiguous"
+    title = f"Backbones, {args.batch_size} images of {args.image_size} x {args.image_size}, {layout}"
+    return title, [row.as_dict() for row in rows]
+
+
+def describe_machine(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    processor = platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+
+
+def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = list(rows)
+    # What nothing is known about takes no room.
+    columns = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)] if rows else []
+    table = Table(title=title)
+    for column in columns:
+        numbers = any(isinstance(row[column], float) for row in rows)
+        table.add_column(
+            column.replace("_", " "), justify="right" if numbers else "left", no_wrap=not numbers
+        )
+    for row in rows:
+        table.add_row(*(_text(row[column]) for column in columns))
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
