@@ -97,8 +97,6 @@ class Involution2d(nn.Module):
         self.reduction = reduction
         self.kernel_generation = kernel_generation
         self.backend = INVOLUTION2D.check_name(backend)
-        self.register_buffer("group_dilations", None)
-        self.set_pattern(pattern if pattern is not None else {as_pair(dilation, "dilation"): self.groups})
 
         factory = {"device": device, "dtype": dtype}
         # Ceil mode gives odd sizes the ceil(H / stride) of the padded window; even sizes are not affected.
@@ -111,6 +109,8 @@ class Involution2d(nn.Module):
         taps = self.groups * self.kernel_size[0] * self.kernel_size[1]
         self.conv2 = nn.Sequential(OrderedDict(conv=nn.Conv2d(hidden, taps, 1, **factory)))
         self.reset_parameters()
+        self.register_buffer("group_dilations", None)
+        self.set_pattern(pattern if pattern is not None else {as_pair(dilation, "dilation"): self.groups})
 
     def set_pattern(self, pattern: LayerPattern | Mapping[Dilation, int]) -> None:
         """Gives each group its dilation; the parameters stay as they are.
@@ -130,7 +130,8 @@ class Involution2d(nn.Module):
         # What forward reads is the tuple: a tensor's values would break torch.compile's graph.
         self.dilations: tuple[Dilation, ...] = layer.assignment or in_branch_order
         plain = all(dilation == PLAIN for dilation in self.dilations)
-        self.group_dilations = None if plain else torch.tensor(self.dilations)
+        device = next(self.parameters()).device
+        self.group_dilations = None if plain else torch.tensor(self.dilations, device=device)
 
     def reset_parameters(self) -> None:
         """He initialisation by fan-out of the convs, as in the published training; biases are zero."""
