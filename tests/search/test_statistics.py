@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
+from ic_conv.benchmark.measure import peak_memory
 from search import DilationSpace, convert_to_supernet
 from search.statistics import collect, images_of
 from search.supernet import super_layers
@@ -97,3 +98,15 @@ def test_bad_requests_are_refused() -> None:
         collect(convert_to_supernet(Skipping(), 9), [torch.ones(1, 3, 9, 9)], space)
     with pytest.raises(TypeError, match="must hold images"):
         images_of("a.jpg")
+
+
+def test_memory_does_not_grow_with_the_number_of_images() -> None:
+    network, space = supernet().float(), DilationSpace(9)
+
+    def peak(batches: int) -> int:
+        stream = (torch.randn(16, 3, 64, 64) for _ in range(batches))  # 0.75 MiB each
+        return peak_memory(lambda: collect(network, stream, space), torch.device("cpu")) or 0
+
+    peak(8)
+    few, many = peak(8), peak(64)
+    assert many < few + 16 * 2**20, f"{few / 2**20:.0f} MiB for 8 batches, {many / 2**20:.0f} MiB for 64"
