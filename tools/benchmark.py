@@ -150,21 +150,23 @@ def describe_machine(device: Any) -> str:
 
 
 def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     rows = list(rows)
     # What nothing is known about takes no room.
     columns = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)] if rows else []
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE)
     for column in columns:
         numbers = any(isinstance(row[column], float) for row in rows)
-        table.add_column(
-            column.replace("_", " "), justify="right" if numbers else "left", no_wrap=not numbers
-        )
+        table.add_column(column.replace("_", " "), justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(_text(row[column]) for column in columns))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file or a pipe has no width that would have to cut the table
+    console.print(table)
 
 
 def _text(value: Any) -> str:
