@@ -60,7 +60,7 @@ def _lanes(typing: Any, width: Any, source: Any, index: Any) -> Any:
 
 @intrinsic
 def _store(typing: Any, values: Any, target: Any, index: Any) -> Any:
-    """target[index : index + width] = values."""
+    """target[index : index + width] = values, or one scalar."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> None:
         address = _address(context, builder, target, args[1], args[2])
@@ -181,7 +181,7 @@ def _define(width: int) -> tuple[Callable[..., None], Callable[..., None]]:
     def grad_weight(source, grad, target, rows, row_steps, columns, column_steps, begin, end):  # type: ignore[no-untyped-def]
         groups, height, image_width = target.shape[1], grad.shape[2], source.shape[3]
         channels, grad_width = source.shape[1] // groups, grad.shape[3]
-        taps = target.shape[2] * target.shape[3]
+        n_step, g_step, u_step, v_step, i_step, j_step = [s // 4 for s in target.strides]
         line = begin
         while line < end:
             unit, first = divmod(line, height)
@@ -194,18 +194,24 @@ def _define(width: int) -> tuple[Callable[..., None], Callable[..., None]]:
             grads = _channels_last(grad[n], g * channels, channels, first, last)
             for i in range(first, last):
                 row_count, u, row, _ = rows[g, i]
-                for j in range(grad_width):
-                    count, v, column, _ = columns[g, j]
-                    if row_count * count < taps:
-                        target[n, g, :, :, i, j] = 0
-                    here = ((i - first) * grad_width + j) * channels
-                    for k in range(row_count):
-                        pixel = ((row - top) * image_width + column) * channels + k * row_step
-                        for m in range(count):
+                if row_count < target.shape[2]:
+                    target[n, g, :, :, i, :] = 0
+                for k in range(row_count):
+                    row_tap = n * n_step + g * g_step + (u + k) * u_step + i * i_step
+                    row_pixel = (row - top) * image_width * channels + k * row_step
+                    for j in range(grad_width):
+                        count, v, column, _ = columns[g, j]
+                        if count < target.shape[3]:
+                            target[n, g, u + k, :, i, j] = 0
+                        tap = row_tap + v * v_step + j * j_step
+                        pixel = row_pixel + column * channels
+                        here = ((i - first) * grad_width + j) * channels
+                        for _ in range(count):
                             total = np.float32(0)
                             for c in range(0, channels, width):
                                 total += _dot(width, pixels, pixel + c, grads, here + c)
-                            target[n, g, u + k, v + m, i, j] = total
+                            _store(total, target, tap)
+                            tap += v_step
                             pixel += column_step
 
     return gather, grad_weight
