@@ -96,7 +96,8 @@ class StateHook(Hook):
     ) -> None:
         step = batch_idx + 1
         stop = self.interrupt.anywhere(device_of(runner.model))
-        if step < runner.max_iters and (stop or step % self.interval == 0) and is_main_process():
+        due = step % self.interval == 0 and step < runner.max_iters
+        if (stop or due) and is_main_process():
             self.save(runner, step)
         if stop:
             raise KeyboardInterrupt

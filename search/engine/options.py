@@ -87,7 +87,8 @@ class TrainOptions:
             scale = (self.steps or config.train_cfg.max_iters) / config.train_cfg.max_iters
             for scheduler in config.param_scheduler:
                 scheduler.begin, scheduler.end = round(scheduler.begin * scale), round(scheduler.end * scale)
-            config.param_scheduler = [part for part in config.param_scheduler if part.begin < part.end]
+            # a warm-up of a single step would never leave its first value
+            config.param_scheduler = [part for part in config.param_scheduler if part.end - part.begin > 1]
             for section, key, value in (
                 (config.train_cfg, "max_iters", self.steps),
                 (config.train_dataloader, "batch_size", self.batch_size),

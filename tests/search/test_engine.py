@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import PARAM_SCHEDULERS
 from torch import Tensor, nn
 
 from search.data import ScatteredDigits
@@ -186,11 +187,12 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path: Path, interval: int, 
         assert all(value.isfinite().all() for value in state["state_dict"].values())
 
 
-def test_interrupt_saves_the_completed_step_and_resume_ends_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [5, 8])
+def test_interrupt_saves_the_completed_step_and_resume_ends_equal(tmp_path: Path, at: int) -> None:
     train(whole := make_task(), DATA, options_for(tmp_path / "whole"))
 
     def press(step: int, x: Tensor) -> Tensor:
-        if step == 5:
+        if step == at:
             for pid in (*(worker.pid for worker in multiprocessing.active_children()), os.getpid()):
                 os.kill(pid or 0, signal.SIGINT)  # as a terminal does
         return x
@@ -198,10 +200,10 @@ def test_interrupt_saves_the_completed_step_and_resume_ends_equal(tmp_path: Path
     options = options_for(tmp_path / "broken", workers=1, checkpoint_interval=100)
     with pytest.raises(KeyboardInterrupt):
         train(make_task(at_step=press), DATA, options)
-    assert torch.load(tmp_path / "broken" / "state.pt", weights_only=True)["step"] == 5
+    assert torch.load(tmp_path / "broken" / "state.pt", weights_only=True)["step"] == at
     resumed = make_task()
     train(resumed, DATA, replace(options, resume=True))
-    assert resumed.network.calls == 3
+    assert resumed.network.calls == 8 - at
     assert same_weights(whole.state_dict(), resumed.state_dict())
 
 
@@ -310,12 +312,25 @@ def test_bad_config(tmp_path: Path, text: str) -> None:
         options_for(tmp_path, config=tmp_path / "mine.py").read_config()
 
 
-@pytest.mark.parametrize("steps", [1, 5, 250, 1000])
-def test_schedule_scales_with_the_steps(tmp_path: Path, steps: int) -> None:
-    parts = options_for(tmp_path, steps=steps).read_config().param_scheduler
-    edges = [(part.begin, part.end) for part in parts]
-    assert edges[-1][1] == steps
-    assert edges == ([(0, steps // 10), (steps // 10, steps)] if steps >= 10 else [(0, steps)])
+@pytest.mark.parametrize("steps", [1, 5, 8, 12, 25, 250, 1000])
+def test_schedule_reaches_its_peak_and_falls_whatever_the_steps(tmp_path: Path, steps: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    config = options_for(tmp_path, steps=steps).read_config()
+    parts = [
+        PARAM_SCHEDULERS.build(part, default_args={"optimizer": optimizer}) for part in config.param_scheduler
+    ]
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for part in parts:
+            part.step()
+    peak = rates.index(max(rates))
+    assert rates[peak] == pytest.approx(1)
+    assert peak <= 0.1 * steps
+    assert rates[0] == pytest.approx(0.01 if steps >= 25 else 1)
+    assert rates[-1] < 0.2 or steps == 1
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
 @pytest.mark.parametrize(
