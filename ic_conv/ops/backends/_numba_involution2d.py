@@ -139,9 +139,8 @@ def _define(width: int) -> tuple[Callable[..., None], Callable[..., None]]:
         groups, height, image_width = weight.shape[1], target.shape[2], source.shape[3]
         channels = source.shape[1] // groups
         n_step, g_step, u_step, v_step, i_step, j_step = [s // 4 for s in weight.strides]
-        sums = np.empty(
-            target.shape[3] * channels, np.float32
-        )  # of one line; short chains of additions overlap
+        # Sums of a line, in memory: a processor overlaps the short chains of additions of one kernel row.
+        sums = np.empty(target.shape[3] * width, np.float32)
         line = begin
         while line < end:
             unit, first = divmod(line, height)

@@ -49,11 +49,7 @@ class CupyInvolution2d:
 
     def why_not(self, call: InvolutionCall | None) -> str | None:
         if call is None:
-            return (
-                None
-                if torch.cuda.is_available() and not _cupy_missing()
-                else _cupy_missing() or "no CUDA GPU"
-            )
+            return _cupy_missing() or (None if torch.cuda.is_available() else "no CUDA GPU")
         if call.x.device.type != "cuda":
             return f"needs CUDA tensors, got {call.x.device}"
         if (reason := _cupy_missing()) is not None:
