@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ic_conv import checkpoint
+from ic_conv.convert import apply_pattern
 from ic_conv.layers.involution2d import Involution2d, conv_bn_relu
 from ic_conv.models._rednet_keys import from_published
 from ic_conv.models.resnet import Bottleneck, _fit_classifier
@@ -54,6 +56,7 @@ class RedNet(nn.Module):
         options: further options of every operator: `reduction`, `kernel_generation`, `backend`, ...
 
     Attributes:
+        kernel_size: window of the involutions in the stages.
         out_channels: channels of each of the four stages.
 
     Shape:
@@ -93,6 +96,7 @@ class RedNet(nn.Module):
             shared = channels if group_channels is None else group_channels
             return operator(channels, kernel_size, stride, group_channels=shared, **options)
 
+        self.kernel_size = kernel_size
         half = width // 2
         self.stem = nn.Sequential(
             conv_bn_relu(3, half, 3, stride=2),
@@ -149,8 +153,9 @@ def rednet(
 
     Args:
         name: ``rednet50`` for example.
-        pattern_path: a pattern file. Its layers are the involutions in module order, the stem's first; its
-            counts are groups.
+        pattern_path: a pattern file. Its layers are those with a window of `kernel_size`, in module order:
+            the involutions, the stem's first if it has that window too; its counts are groups. With a
+            `kernel_size` of 3 the stem's two convolutions are among them, as in a search.
         pattern: the pattern itself, instead of a file.
         num_classes: outputs of the classifier; by default as many as the weights have, else 1000.
         out_indices: stages (0 to 3) whose features are returned as a tuple, instead of a classification.
@@ -176,33 +181,41 @@ def rednet(
     if num_classes is None:
         num_classes = len(state["fc.weight"]) if "fc.weight" in state else 1000
     net = RedNet(BLOCKS[name], num_classes, out_indices=out_indices, **options)
+    if weights is None:
+        return net if pattern is None else _with_pattern(net, pattern)
+
+    _fit_classifier(state, net, source)  # type: ignore[arg-type]
+    _check_windows(net, state, source)
+    plain = not any(key.endswith((".branches", ".group_dilations")) for key in state)
+    if plain:
+        checkpoint.load_weights(net, state, source)
     if pattern is not None:
-        _set_pattern(net, pattern)
-    if weights is not None:
+        net = _with_pattern(net, pattern)
+    if not plain:
         if pattern is None:
             _set_pattern_of(net, state)
-        _check_windows(net, state, source)
-        _fit_classifier(state, net, source)  # type: ignore[arg-type]
         checkpoint.load_weights(net, state, source)
     return net
 
 
-def _involutions(net: nn.Module) -> dict[str, Involution2d]:
-    return {name: module for name, module in net.named_modules() if isinstance(module, Involution2d)}
-
-
-def _set_pattern(net: RedNet, pattern: DilationPattern) -> None:
-    involutions = _involutions(net)
-    bound = pattern.bind([(name, module.groups) for name, module in involutions.items()])
-    for layer in bound.layers:
-        involutions[str(layer.name)].set_pattern(layer)
+def _with_pattern(net: RedNet, pattern: DilationPattern) -> RedNet:
+    if not any(pattern.names):  # nothing but counts, which do not tell their base kernel
+        kernel = pattern.max_dilation * (net.kernel_size - 1) + 1
+        pattern = replace(pattern, kernel=kernel, base_kernel=net.kernel_size)
+    return cast(RedNet, apply_pattern(net, pattern, inplace=True))
 
 
 def _set_pattern_of(net: RedNet, state: Mapping[str, Tensor]) -> None:
-    """Gives the network the pattern that a state dict tells, if it tells one."""
+    """Gives the network the pattern that its own state dict tells."""
     for name, module in _involutions(net).items():
-        if (rows := state.get(f"{name}.group_dilations")) is not None and len(rows) == module.groups:
+        if (rows := state.get(f"{name}.group_dilations")) is not None:
             module.set_pattern(LayerPattern.from_assignment([(dy, dx) for dy, dx in rows.tolist()], name))
+    if (convs := checkpoint.pattern_of(state)) is not None:
+        apply_pattern(net, convs, filter_fn=lambda _, name: name in convs.names, inplace=True)
+
+
+def _involutions(net: nn.Module) -> dict[str, Involution2d]:
+    return {name: module for name, module in net.named_modules() if isinstance(module, Involution2d)}
 
 
 def _check_windows(net: RedNet, state: Mapping[str, Tensor], source: str) -> None:

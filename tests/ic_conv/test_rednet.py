@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ic_conv.convert import searchable_layers, units_of
 from ic_conv.layers.cvolution2d import CVolution2d
+from ic_conv.layers.ic_conv2d import ICConv2d
 from ic_conv.layers.involution2d import Involution2d
 from ic_conv.models._rednet_keys import from_published, to_published
 from ic_conv.models.cednet import cednet50
@@ -147,42 +149,56 @@ def involutions(net: RedNet) -> dict[str, Involution2d]:
     return {name: module for name, module in net.named_modules() if isinstance(module, Involution2d)}
 
 
-def pattern_for(net: RedNet, **options: Any) -> DilationPattern:
-    """One that gives each involution's last group dilation (1, 2)."""
-    layers = (
-        LayerPattern.from_counts({(1, 1): module.groups - 1, (1, 2): 1})
-        for module in involutions(net).values()
-    )
-    return DilationPattern(tuple(layers), kernel=9, **options)
+def pattern_for(net: RedNet, base_kernel: int = 3) -> DilationPattern:
+    """One without names that gives the last unit of each searchable layer dilation (1, 2)."""
+    units = (units_of(layer) for layer in searchable_layers(net, base_kernel).values())
+    layers = (LayerPattern.from_counts({(1, 1): n - 1, (1, 2): 1}) for n in units)
+    return DilationPattern(tuple(layers), kernel=9)
 
 
-def test_pattern_binds_to_the_involutions_in_module_order(slim: RedNet, tmp_path: Path) -> None:
-    pattern = pattern_for(slim)
-    pattern.save(tmp_path / "red_k9.json")
-    net = rednet26(tmp_path / "red_k9.json", **SLIM)
-    layers = involutions(net)
-    assert list(layers)[:3] == ["stem.1", "layer1.0.conv2", "layer2.0.conv2"]
-    assert len(layers) == 9
-    assert all(module.dilations == ((1, 1),) * (module.groups - 1) + ((1, 2),) for module in layers.values())
-    assert all(module.dilations == ((1, 1),) * module.groups for module in involutions(slim).values())
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"kernel_size": 7}, ["stem.1", "layer1.0.conv2", "layer2.0.conv2"]),
+        ({"kernel_size": 5, "stem_kernel_size": 3}, ["layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv2"]),
+        ({"kernel_size": 3}, ["stem.0.conv", "stem.1", "stem.4.conv"]),
+    ],
+)
+def test_pattern_binds_as_the_search_finds_layers(
+    options: dict[str, Any], first: list[str], tmp_path: Path
+) -> None:
+    options = SLIM | options
+    plain = rednet26(**options)
+    pattern_for(plain, options["kernel_size"]).save(tmp_path / "red.json")
+    (tmp_path / "red.meta.json").unlink(missing_ok=True)  # the published format: a list of counts
+    net = rednet26(tmp_path / "red.json", **options)
+    dilated = [
+        name
+        for name, module in net.named_modules()
+        if getattr(module, "group_dilations", None) is not None or isinstance(module, ICConv2d)
+    ]
+    assert dilated[:3] == first
+    assert len(dilated) == len(searchable_layers(plain, options["kernel_size"]))
+    assert all(module.group_dilations is None for module in involutions(plain).values())
 
 
-def test_pattern_of_a_few_layers() -> None:
-    layer = LayerPattern.from_assignment([(2, 1)], "stem.1")
-    net = rednet26(pattern=DilationPattern((layer,), kernel=9), **SLIM)
-    assert involutions(net)["stem.1"].dilations == ((2, 1),)
-    assert involutions(net)["layer1.0.conv2"].dilations == ((1, 1),) * 2
+def test_named_pattern_must_be_this_networks(slim: RedNet) -> None:
+    layers = tuple(LayerPattern.plain(module.groups, name) for name, module in involutions(slim).items())
+    with pytest.raises(ValueError, match=r"layer stem\.0\.conv is not in the pattern"):
+        rednet26(pattern=DilationPattern(layers, kernel=9), **SLIM)
 
 
 def test_cednet_pattern() -> None:
-    name = "layer1.0.conv2.spatial"
-    layer = LayerPattern(((((2, 1), 4)),), name)
-    net = cednet50(
-        pattern=DilationPattern((layer,), kernel=9), width=16, group_channels=4, channel_reduction=2
+    options: dict[str, Any] = {"width": 16, "group_channels": 4, "channel_reduction": 2}
+    layers = tuple(
+        LayerPattern.from_assignment([(2, 1)] + [(1, 1)] * (module.groups - 1), name)
+        for name, module in involutions(cednet50(**options)).items()
+        if not name.startswith("stem.")
     )
+    net = cednet50(pattern=DilationPattern(layers, kernel=17, base_kernel=9), **options)
     assert isinstance(net.layer1[0].conv2, CVolution2d)
-    assert involutions(net)[name].dilations == ((2, 1),) * 4
-    assert involutions(net)[name].kernel_size == (9, 9)
+    assert involutions(net)["layer1.0.conv2.spatial"].dilations == ((2, 1), (1, 1), (1, 1), (1, 1))
+    assert involutions(net)["stem.1.spatial"].kernel_size == (7, 7)
 
 
 def test_own_weights_bring_their_pattern(slim: RedNet, image: Tensor) -> None:
