@@ -62,9 +62,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.set_defaults(run=run_backbones)
 
+    command = commands.add_parser(
+        "search", parents=[common], help="statistics pass, criteria and assignment of the search"
+    )
+    command.set_defaults(run=run_search, rounds=3)
+
     args = parser.parse_args(argv)
     if not args.list and "run" not in args:
-        parser.error("one of --list, involution and backbones is needed")
+        parser.error("one of --list, involution, backbones and search is needed")
     return args
 
 
@@ -138,6 +143,12 @@ def run_backbones(args: argparse.Namespace, device: Any) -> tuple[str, list[dict
     layout = "channels last" if args.channels_last else "contiguous"
     title = f"Backbones, {args.batch_size} images of {args.image_size} x {args.image_size}, {layout}"
     return title, [row.as_dict() for row in rows]
+
+
+def run_search(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:
+    from search.benchmark import benchmark
+
+    return "The search without the training", benchmark(device, args.rounds)
 
 
 def describe_machine(device: Any) -> str:
