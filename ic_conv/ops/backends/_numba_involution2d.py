@@ -103,18 +103,64 @@ def _dot(typing: Any, width: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
     return types.float32(width, a, i, b, j), build
 
 
+@intrinsic
+def _transpose4(typing: Any, a: Any, i: Any, a_step: Any, b: Any, j: Any, b_step: Any) -> Any:
+    """b[j + c * b_step + r] = a[i + r * a_step + c] for r and c below 4."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        vector = ir.VectorType(ir.FloatType(), 4)
+
+        def mixed(left: Any, right: Any, *order: int) -> Any:
+            return builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(INT32, 4), order))
+
+        def steps(array: Any, type_: Any, start: Any, step: Any) -> list[Any]:
+            addresses = [_address(context, builder, type_, array, start)]
+            for _ in range(3):
+                addresses.append(builder.gep(addresses[-1], [step]))
+            return addresses
+
+        rows = [_load(builder, address, vector) for address in steps(args[0], a, args[1], args[2])]
+        low = [mixed(rows[r], rows[r + 1], 0, 4, 1, 5) for r in (0, 2)]
+        high = [mixed(rows[r], rows[r + 1], 2, 6, 3, 7) for r in (0, 2)]
+        columns = [mixed(*pair, *order) for pair in (low, high) for order in ((0, 1, 4, 5), (2, 3, 6, 7))]
+        for column, address in zip(columns, steps(args[3], b, args[4], args[5]), strict=True):
+            builder.store(column, builder.bitcast(address, vector.as_pointer()), align=4)
+
+    return types.void(a, i, a_step, b, j, b_step), build
+
+
 @numba.njit(nogil=True)
 def _channels_last(image, first_channel, channels, top, bottom):  # type: ignore[no-untyped-def]
     """Rows top to bottom - 1 of some channels of image (C, H, W), as flat (rows, W, channels)."""
     width = image.shape[2]
     flat = np.empty((bottom - top) * width * channels, np.float32)
-    for c in range(channels):
-        target = c
-        for row in range(top, bottom):
-            for column in range(width):
-                flat[target] = image[first_channel + c, row, column]
-                target += channels
+    c_step, row_step, column_step = [s // 4 for s in image.strides]
+    whole = width // 4 * 4 if column_step == 1 else 0
+    for row in range(top, bottom):
+        line = (row - top) * width * channels
+        for c in range(0, channels, 4):
+            start = (first_channel + c) * c_step + row * row_step
+            for column in range(0, whole, 4):
+                _transpose4(image, start + column, c_step, flat, line + column * channels + c, channels)
+        for column in range(whole, width):
+            for c in range(channels):
+                flat[line + column * channels + c] = image[first_channel + c, row, column]
     return flat
+
+
+@numba.njit(nogil=True)
+def _channels_first(flat, channels, image, first_channel, row):  # type: ignore[no-untyped-def]
+    """Writes flat (W, channels) to a row of some channels of image (C, H, W)."""
+    width = image.shape[2]
+    c_step, row_step, column_step = [s // 4 for s in image.strides]
+    whole = width // 4 * 4 if column_step == 1 else 0
+    for c in range(0, channels, 4):
+        start = (first_channel + c) * c_step + row * row_step
+        for column in range(0, whole, 4):
+            _transpose4(flat, column * channels + c, channels, image, start + column, c_step)
+    for column in range(whole, width):
+        for c in range(channels):
+            image[first_channel + c, row, column] = flat[column * channels + c]
 
 
 @numba.njit(nogil=True)
@@ -172,10 +218,7 @@ def _define(width: int) -> tuple[Callable[..., None], Callable[..., None]]:
                                 tap += jump
                                 pixel += pixel_jump
                             _store(partial, sums, j * width)
-                    for lane in range(width):
-                        row_of_target = target[n, g * channels + c + lane, i]
-                        for j in range(target.shape[3]):
-                            row_of_target[j] = sums[j * width + lane]
+                    _channels_first(sums, width, target[n], g * channels + c, i)
 
     def grad_weight(source, grad, target, rows, row_steps, columns, column_steps, begin, end):  # type: ignore[no-untyped-def]
         groups, height, image_width = target.shape[1], grad.shape[2], source.shape[3]
