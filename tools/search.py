@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import shlex
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # the working folder comes instead, so that --arch finds the user's own modules.
 sys.path[0] = str(Path.cwd())
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+# OpenMP reads this when torch is imported. Threads that wait spinning take the cores from those that work
+# whenever anything else runs, and a step then takes twice as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 EPILOG = """examples:
   python tools/search.py --kernel 9                      IC-ResNet-50 on scattered digits, minutes on 2 cores
@@ -92,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint", metavar="FILE", help="weights of a trained supernet: skip the training"
     )
     length = training.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 250)")
+    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 200)")
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the data instead of steps")
     training.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="images per step and process (default 8)"
@@ -133,6 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    keep_freed_memory()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         run(args)
@@ -144,6 +150,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory: a supernet's gradients would come back page by page in every step."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+        set_option(option, value)
 
 
 def run(args: argparse.Namespace) -> None:
