@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint", metavar="FILE", help="weights of a trained supernet: skip the training"
     )
     length = training.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 200)")
+    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 180)")
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the data instead of steps")
     training.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="images per step and process (default 8)"
