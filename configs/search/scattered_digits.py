@@ -11,7 +11,7 @@ optim_wrapper = dict(
 )
 # begin and end follow max_iters when the steps are overridden
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=20),
-    dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=20, end=180),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=18),
+    dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=18, end=180),
 ]
 checkpoint_interval = 100  # steps
