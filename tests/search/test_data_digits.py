@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -117,6 +120,14 @@ def test_same_batches_with_workers(workers: int) -> None:
     loaders = (build_loader(dataset, 4, count) for count in (0, workers))
     for here, there in zip(*loaders, strict=True):
         assert all(torch.equal(here[key], there[key]) for key in ("inputs", "boxes", "labels"))
+
+
+def test_workers_outlive_ctrl_c() -> None:
+    batches = iter(build_loader(ScatteredDigits(length=40), 2, workers=1))
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, signal.SIGINT)
+    assert len(list(batches)) == 19
 
 
 def test_loader_leaves_the_random_state_alone() -> None:

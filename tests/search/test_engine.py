@@ -218,6 +218,9 @@ def test_resume_skips_samples_without_making_them(tmp_path: Path) -> None:
     data = Counting(length=40)
     data.made = whole = list[int]()
     train(make_task(), data, options_for(tmp_path / "whole"))
+    data.made = other = list[int]()
+    train(make_task(), data, options_for(tmp_path / "other", seed=1))
+    assert other != whole
     data.made = []
     with pytest.raises(NonFiniteLossError):
         stop = make_task(at_step=lambda step, x: x * math.nan if step == 5 else x)
