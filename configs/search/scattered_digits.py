@@ -3,7 +3,7 @@
 """Supernet training on scattered digits: MMEngine settings that options of the command line override."""
 
 train_cfg = dict(by_epoch=False, max_iters=180)
-# a batch takes 3 ms to make: less than it costs to fetch it from a worker on 2 cores
+# a batch takes a few ms to make: less than it costs to fetch it from a worker on 2 cores
 train_dataloader = dict(batch_size=8, num_workers=0)
 optim_wrapper = dict(
     optimizer=dict(type="SGD", lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-4),
