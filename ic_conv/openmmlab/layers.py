@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.registry import MODELS
+from torch import nn
 
 from ic_conv.layers import CVolution2d, ICConv2d, Involution2d
 from ic_conv.ops.checks import Pair, as_pair
+
+INVOLUTION = {"type": "Involution2d", "kernel_size": 7}  # of the published necks and heads
 
 MODELS.register_module("ICConv2d", module=ICConv2d, force=True)
 
@@ -75,3 +79,19 @@ class ConvInvolution2d(_InPlaceOfConv, Involution2d):
 @MODELS.register_module("CVolution2d", force=True)
 class ConvCVolution2d(_InPlaceOfConv, CVolution2d):
     __doc__ = _InPlaceOfConv.__doc__
+
+
+def in_place_of(conv: nn.Conv2d, cfg: Mapping[str, Any]) -> nn.Module:
+    """The layer of a config, with a convolution's channels."""
+    return MODELS.build({**cfg, "in_channels": conv.in_channels, "out_channels": conv.out_channels})
+
+
+def set_output_layers(fpn: Any, cfg: Mapping[str, Any]) -> None:
+    """Replaces the 3x3 convolutions that smooth each level of an FPN, MMDetection's or MMSegmentation's."""
+    for level in range(len(fpn.lateral_convs)):
+        module = fpn.fpn_convs[level]
+        layer = in_place_of(module.conv, cfg)
+        if module.with_norm or module.with_activation:
+            module.conv = layer
+        else:  # the published key names
+            fpn.fpn_convs[level] = layer
