@@ -20,6 +20,7 @@ def ic_conv2d(
     stride: int | Pair = 1,
     groups: int = 1,
     backend: str | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """Convolve with a dilation of its own for each output channel (inception convolution, CVPR 2021).
 
@@ -36,6 +37,7 @@ def ic_conv2d(
         stride: step in pixels, one int or (vertical, horizontal).
         groups: G, as in `torch.nn.functional.conv2d`.
         backend: a name of the operator's table, None for the first that can run the call.
+        relu: set negative results to 0 in the same pass (for inference).
 
     Returns:
         (N, C_out, Ho, Wo) with Ho = ceil(H / stride); of the dtype of x, or of autocast.
@@ -49,8 +51,8 @@ def ic_conv2d(
         >>> ic_conv2d(x, weight, None, [((1, 1), 6), ((1, 4), 2)], stride=2).shape
         torch.Size([2, 8, 8, 8])
     """
-    call = _ic_conv2d.checked_call(x, weight, bias, branches, stride, groups)
-    return _ic_conv2d.IC_CONV2D.choose(call, backend).run(call)
+    call = _ic_conv2d.checked_call(x, weight, bias, branches, stride, groups, relu)
+    return _ic_conv2d.ic_conv2d(call, backend)
 
 
 def involution2d(

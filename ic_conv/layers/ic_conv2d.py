@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ic_conv.functional import ic_conv2d
 from ic_conv.ops.checks import Pair, as_pair, odd_kernel, same_padding
-from ic_conv.ops.ic_conv2d import IC_CONV2D
+from ic_conv.ops.ic_conv2d import IC_CONV2D, checked_call, ic_conv2d
 from ic_conv.pattern import Dilation, LayerPattern
 
 
@@ -44,6 +43,7 @@ class ICConv2d(nn.Conv2d):
     Attributes:
         weight: (C_out, C_in / G, Kh, Kw), in branch order, as is bias (C_out,).
         branches: int64 (branches, 3), a row (dy, dx, count) for each, so that a checkpoint tells its pattern.
+        relu: whether negative outputs become 0, as `ic_conv.fuse` sets it; False.
         output_order: None, or int64 (C_out,): output channel c is channel output_order[c] in branch order.
         input_order: None, or int64 (C_in,), the same for the input of a grouped layer.
 
@@ -108,6 +108,8 @@ class ICConv2d(nn.Conv2d):
         )  # fmt: skip
         self.backend = IC_CONV2D.check_name(backend)
         self.pattern = layer
+        self.relu = False
+        self._packs: Packs | None = None
         # What forward reads is the tuple: a tensor's values would break torch.compile's graph.
         self.write_branches()
         for name in _ORDERS:
@@ -117,16 +119,33 @@ class ICConv2d(nn.Conv2d):
         """Makes the buffer `branches` from the pattern, on the weight's device."""
         self.register_buffer("branches", torch.tensor(_rows(self.pattern), device=self.weight.device))
 
+    def freeze(self, relu: bool = False) -> None:
+        """For inference: parameters are constants from now on, so that backends may keep them rearranged."""
+        self.requires_grad_(False)
+        self.relu, self._packs = relu, Packs()
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.input_order is not None:
             input = _reorder(input, self.input_order)
-        out = ic_conv2d(input, weight, bias, self.pattern.branches, self.stride, self.groups, self.backend)
+        out = _ic_conv2d(
+            input,
+            weight,
+            bias,
+            self.pattern.branches,
+            self.stride,
+            self.groups,
+            self.relu,
+            self._packs,
+            self.backend,
+        )
         return out if self.output_order is None else _reorder(out, self.output_order)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"pattern={self.pattern.counts}"]
         if self.output_order is not None or self.input_order is not None:
             parts.append("reordered=True")
+        if self.relu:
+            parts.append("relu=True")
         if self.backend is not None:
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
@@ -168,11 +187,23 @@ class ICConv2d(nn.Conv2d):
         return None
 
 
+class Packs(dict[Any, Any]):
+    """What backends keep of a frozen layer's weights. Copies and pickles start empty."""
+
+    def __reduce__(self) -> tuple[type[Packs], tuple[()]]:
+        return Packs, ()
+
+
 _ORDERS = ("output_order", "input_order")
 
 # torch.fx keeps these calls whole, as it keeps a plain convolution: they look at shapes and formats.
-fx.wrap("ic_conv2d")
+fx.wrap("_ic_conv2d")
 fx.wrap("_reorder")
+
+
+def _ic_conv2d(*call: Any) -> Tensor:
+    *arguments, backend = call
+    return ic_conv2d(checked_call(*arguments), backend)
 
 
 def _rows(pattern: LayerPattern) -> list[list[int]]:

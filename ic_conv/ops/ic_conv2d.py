@@ -1,83 +1,198 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inception convolution: the checked call and the table of backends.
+"""Inception convolution: the table of backends, and the fused ones as PyTorch operators.
 
-Dimension letters: N batch, C_in, C_out channels, G groups, H x W input size, Kh x Kw kernel, Ho x Wo output.
+The operators let autograd and torch.compile see one opaque call with a known output. A convolution is linear
+in x and in weight, so the three operators are each other's derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ic_conv.ops import checks
-from ic_conv.ops.backends import split_ic_conv2d
-from ic_conv.ops.checks import Pair
-from ic_conv.ops.dispatch import BackendTable
+from ic_conv.ops._ic_conv2d_call import Branches, ICConv2dCall, checked_call
+from ic_conv.ops._involution2d_call import memory_format
+from ic_conv.ops.backends import packed_ic_conv2d, split_ic_conv2d, triton_ic_conv2d
+from ic_conv.ops.dispatch import Backend, BackendTable
 
-Branches = Sequence[tuple[Pair, int]]
+__all__ = ["IC_CONV2D", "Branches", "ICConv2dCall", "checked_call", "ic_conv2d"]
+
+FORWARD = {"triton": triton_ic_conv2d.forward, "numba": packed_ic_conv2d.NUMBA.run}
 
 
-@dataclass(frozen=True)
-class ICConv2dCall:
-    """Checked arguments of one inception convolution.
+def ic_conv2d(call: ICConv2dCall, wanted: str | None = None) -> Tensor:
+    """y (N, C_out, Ho, Wo) from the first backend that can run the call, or from the wanted one.
 
-    Args:
-        x: (N, C_in, H, W).
-        weight: (C_out, C_in / G, Kh, Kw), output channels ordered by branch.
-        bias: (C_out,) or None.
-        branches: dilation (dy, dx) and number of units; a unit is an output channel, or a group if G > 1.
-        stride: vertical, horizontal.
-        groups: G.
+    What is traced, exported or watched (by a FLOP counter, say) consists of PyTorch's own operations.
     """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    branches: Branches
-    stride: Pair
-    groups: int
-
-    def padding(self, dilation: Pair) -> Pair:
-        """Zeros on each side for a branch, so that all branches have one output size."""
-        return checks.same_padding((self.weight.shape[2], self.weight.shape[3]), dilation)
+    if not torch.compiler.is_compiling():
+        if wanted != "split" and _is_watched():
+            return split_ic_conv2d.ic_conv2d(call)
+        return IC_CONV2D.choose(call, wanted).run(call)
+    shapes = call.x.shape[1], tuple(call.weight.shape), call.bias is not None
+    name = _choose_for_graph(
+        call.x.device, call.x.dtype, *shapes, call.branches, call.groups, call.needs_grad, wanted
+    )
+    return split_ic_conv2d.ic_conv2d(call) if name == "split" else _run_operator(name, call)
 
 
-IC_CONV2D: BackendTable[ICConv2dCall] = BackendTable("ic_conv2d", (split_ic_conv2d.BACKEND,))
+def _is_watched() -> bool:
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
-def checked_call(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Branches, stride: int | Pair, groups: int
-) -> ICConv2dCall:
-    """The call with every option normalised; ValueError names the broken rule and both values."""
-    if x.dim() != 4 or weight.dim() != 4:
-        raise ValueError(
-            "ic_conv2d needs x (N, C_in, H, W) and weight (C_out, C_in / groups, Kh, Kw);"
-            f" got {tuple(x.shape)} and {tuple(weight.shape)}"
+def _choose_for_graph(
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    weight: tuple[int, ...],
+    bias: bool,
+    branches: Branches,
+    groups: int,
+    needs_grad: bool,
+    wanted: str | None,
+) -> str:
+    """The backend's name. A compiler cannot trace probes and logging, so it runs this once, for one pixel."""
+    if getattr(torch.compiler, "is_exporting", lambda: True)():
+        return "split"
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    with torch.set_grad_enabled(needs_grad):
+        call = ICConv2dCall(
+            torch.empty((1, channels, 1, 1), **options),
+            torch.empty(weight, requires_grad=needs_grad, **options),
+            torch.empty(weight[:1], **options) if bias else None,
+            branches,
+            (1, 1),
+            groups,
         )
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        # Here once for all backends and branches, as autocast does it for a plain convolution.
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    checks.same_device_and_dtype(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
-    checks.odd_kernel((weight.shape[2], weight.shape[3]))
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups must divide the output channels; got {groups} and {weight.shape[0]}")
-    if x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"x must have {weight.shape[1] * groups} channels for a weight of shape {tuple(weight.shape)}"
-            f" and {groups} groups; got {x.shape[1]}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have the shape ({weight.shape[0]},); got {tuple(bias.shape)}")
-    for dilation, count in branches:
-        if min(dilation) < 1 or count < 1:
-            raise ValueError(f"dilations and counts must be positive; got {dilation} and {count}")
-    units = weight.shape[0] if groups == 1 else groups
-    if (total := sum(count for _, count in branches)) != units:
-        kind = "output channels" if groups == 1 else "groups"
-        raise ValueError(f"the branches' counts must sum to {units} {kind}; got {total}")
-    return ICConv2dCall(x, weight, bias, branches, checks.as_pair(stride, "stride"), groups)
+        return IC_CONV2D.choose(call, wanted).name
+
+
+# What torch.compiler.assume_constant_result sets; to call that would import the compiler with this module.
+_choose_for_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _run_operator(name: str, call: ICConv2dCall) -> Tensor:
+    return _forward(call.x, call.weight, call.bias, _flat(call.branches), call.stride, call.relu, name)
+
+
+def _flat(branches: Branches) -> list[int]:
+    return [number for dilation, count in branches for number in (*dilation, count)]
+
+
+def _branches(flat: Sequence[int]) -> Branches:
+    return tuple(((dy, dx), n) for dy, dx, n in zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+
+
+IC_CONV2D: BackendTable[ICConv2dCall] = BackendTable(
+    "ic_conv2d",
+    (
+        Backend("triton", triton_ic_conv2d.why_not, lambda call: _run_operator("triton", call)),
+        packed_ic_conv2d.NUMBA,
+        packed_ic_conv2d.PACKED,
+        split_ic_conv2d.BACKEND,
+    ),
+)
+
+
+@torch.library.custom_op("ic_conv::ic_conv2d", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[int],
+    stride: Sequence[int],
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    call = ICConv2dCall(x, weight, bias, _branches(branches), (stride[0], stride[1]), 1, relu)
+    return FORWARD[backend](call)
+
+
+@torch.library.custom_op("ic_conv::ic_conv2d_grad_input", mutates_args=())
+def _grad_input(
+    grad: Tensor, weight: Tensor, size: Sequence[int], branches: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    options = (size[0], size[1]), _branches(branches), (stride[0], stride[1])
+    return triton_ic_conv2d.grad_input(grad, weight, *options)
+
+
+@torch.library.custom_op("ic_conv::ic_conv2d_grad_weight", mutates_args=())
+def _grad_weight(
+    grad: Tensor, x: Tensor, kernel: Sequence[int], branches: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    options = (kernel[0], kernel[1]), _branches(branches), (stride[0], stride[1])
+    return triton_ic_conv2d.grad_weight(grad, x, *options)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any, branches: Any, stride: Sequence[int], *_: Any) -> Tensor:
+    rows, columns = (-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
+    shape = x.shape[0], weight.shape[0], rows, columns
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+@_grad_input.register_fake
+def _(grad: Tensor, weight: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    shape = grad.shape[0], weight.shape[1], size[0], size[1]
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+
+
+@_grad_weight.register_fake
+def _(grad: Tensor, x: Tensor, kernel: Sequence[int], *_: Any) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1], *kernel))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.branches, ctx.stride = inputs[3:5]
+
+
+def _backward_of_forward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    by_x = by_weight = by_bias = None
+    if ctx.needs_input_grad[0]:
+        by_x = _grad_input(grad, weight, x.shape[2:], ctx.branches, ctx.stride)
+    if ctx.needs_input_grad[1]:
+        by_weight = _grad_weight(grad, x, weight.shape[2:], ctx.branches, ctx.stride)
+    if ctx.needs_input_grad[2]:
+        by_bias = grad.sum((0, 2, 3))
+    return by_x, by_weight, by_bias, None, None, None, None
+
+
+def _save_of_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.branches, ctx.stride = inputs[3:]
+
+
+def _backward_of_grad_input(ctx: Any, grad_x: Tensor) -> tuple[Any, ...]:
+    grad, weight = ctx.saved_tensors
+    options = ctx.branches, ctx.stride
+    by_grad = by_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad = _forward(grad_x, weight, None, *options, False, "triton")
+    if ctx.needs_input_grad[1]:
+        by_weight = _grad_weight(grad, grad_x, weight.shape[2:], *options)
+    return by_grad, by_weight, None, None, None
+
+
+def _backward_of_grad_weight(ctx: Any, grad_weight: Tensor) -> tuple[Any, ...]:
+    grad, x = ctx.saved_tensors
+    options = ctx.branches, ctx.stride
+    by_grad = by_x = None
+    if ctx.needs_input_grad[0]:
+        by_grad = _forward(x, grad_weight, None, *options, False, "triton")
+    if ctx.needs_input_grad[1]:
+        by_x = _grad_input(grad, grad_weight, x.shape[2:], *options)
+    return by_grad, by_x, None, None, None
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_save)
+_grad_input.register_autograd(_backward_of_grad_input, setup_context=_save_of_gradient)
+_grad_weight.register_autograd(_backward_of_grad_weight, setup_context=_save_of_gradient)

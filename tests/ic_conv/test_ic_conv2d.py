@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ic_conv.functional import ic_conv2d
 from ic_conv.layers.ic_conv2d import ICConv2d
-from ic_conv.ops.ic_conv2d import IC_CONV2D
 from ic_conv.pattern import Dilation, LayerPattern
 
 PATTERN = {(1, 1): 6, (2, 3): 0, (1, 4): 2, (3, 2): 4}
@@ -67,11 +66,11 @@ def sum_of_taps(x: Tensor, layer: ICConv2d, pattern: Mapping[Dilation, int]) -> 
 
 
 @pytest.mark.parametrize(("options", "pattern", "size"), GEOMETRIES)
-@pytest.mark.parametrize("backend", IC_CONV2D.names)
 def test_output_is_a_sum_of_taps(
-    options: dict[str, Any], pattern: dict[Dilation, int], size: tuple[int, int], backend: str
+    options: dict[str, Any], pattern: dict[Dilation, int], size: tuple[int, int]
 ) -> None:
-    layer, x = build({**options, "backend": backend}, pattern)
+    """Of the reference; test_ic_conv2d_backends.py compares the other backends with it."""
+    layer, x = build({**options, "backend": "split"}, pattern)
     x = torch.randn(*x.shape[:2], *size, dtype=torch.float64)
     torch.testing.assert_close(layer(x), sum_of_taps(x, layer, pattern), rtol=1e-12, atol=1e-12)
 
@@ -90,14 +89,13 @@ def test_each_branch_is_a_plain_dilated_convolution(stride: int) -> None:
     assert start == 12
 
 
-@pytest.mark.parametrize("backend", IC_CONV2D.names)
 @pytest.mark.parametrize(("groups", "pattern"), [(1, {(1, 1): 1, (2, 1): 2}), (3, {(1, 2): 1, (2, 1): 2})])
-def test_gradients(backend: str, groups: int, pattern: dict[Dilation, int]) -> None:
+def test_gradients(groups: int, pattern: dict[Dilation, int]) -> None:
     torch.manual_seed(0)
     shapes = (1, 3, 5, 4), (3, 3 // groups, 3, 3), (3,)
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(
-        lambda x, w, b: ic_conv2d(x, w, b, tuple(pattern.items()), 2, groups, backend), tensors
+        lambda x, w, b: ic_conv2d(x, w, b, tuple(pattern.items()), 2, groups), tensors
     )
 
 
