@@ -64,6 +64,8 @@ class Backbone(BaseModule):
         ValueError: an option, a pattern or weights that do not fit; the message names the config key.
     """
 
+    transform_key = "backbone.pattern"
+
     def set_up(
         self,
         plain: Callable[[], nn.Module],
@@ -93,7 +95,8 @@ class Backbone(BaseModule):
         self._plain, self._transform = partial(_with_norms, plain, norm_cfg), transform
         set_norms(self, norm_cfg)
         if transform is not None:
-            transform(self)
+            with config_key(self.transform_key):
+                transform(self)
         if with_cp:
             for name in ("layer1", "layer2", "layer3", "layer4"):
                 self.add_module(name, RecomputedStage(*self.get_submodule(name)))

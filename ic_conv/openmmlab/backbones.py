@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ic_conv.convert import apply_pattern
 from ic_conv.layers import Involution2d
 from ic_conv.models import cednet, rednet, resnet
-from ic_conv.openmmlab._backbone import ALL_STAGES, Backbone, PatternConfig, config_key, find_pattern, one_of
+from ic_conv.openmmlab._backbone import ALL_STAGES, Backbone, PatternConfig, find_pattern, one_of
 
 
 @MODELS.register_module()
@@ -66,6 +66,8 @@ class SuperResNet(resnet.ResNet, Backbone):
         >>> backbone = dict(type="SuperResNet", depth=50, kernel_size=9)
     """
 
+    transform_key = "backbone.kernel_size"
+
     def __init__(
         self,
         depth: int,
@@ -81,8 +83,7 @@ class SuperResNet(resnet.ResNet, Backbone):
         options = _resnet_options(depth, groups, base_width, out_indices)
         super().__init__(**options)
         grow = partial(convert_to_supernet, kernel_size=kernel_size, inplace=True)
-        with config_key("backbone.kernel_size"):
-            self.set_up(partial(resnet.ResNet, **options), grow, **common)
+        self.set_up(partial(resnet.ResNet, **options), grow, **common)
         self.kernel_size = kernel_size
         self._transform = partial(grow, init="inflate")
 
