@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From errors to a layer's pattern."""
+"""From errors to a layer's pattern: each unit's best candidate, or branches of sizes that run fast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ic_conv.pattern import LayerPattern
+from search.assignment import Solution, UnitLimits, solve
 from search.space import DilationSpace
 
 
@@ -27,8 +28,31 @@ def assign_argmin(errors: NDArray[np.float64], space: DilationSpace, name: str |
     Raises:
         ValueError: an error is not finite.
     """
+    best = _checked(errors, name).argmin(axis=1)
+    return LayerPattern.from_assignment([space.candidates[index] for index in best], name)
+
+
+def assign_within(
+    errors: NDArray[np.float64], space: DilationSpace, limits: UnitLimits, name: str | None = None
+) -> tuple[LayerPattern, Solution]:
+    """The assignment of least total error within the limits, and how near to the least it is proven to be.
+
+    Args:
+        errors: (units, candidates).
+        space: gives the candidates' dilations.
+        limits: sizes and number of the layer's branches.
+        name: the layer's name, carried into the pattern.
+
+    Raises:
+        ValueError: an error is not finite.
+    """
+    solution = solve(_checked(errors, name), limits)
+    assignment = [space.candidates[index] for index in solution.candidate]
+    return LayerPattern.from_assignment(assignment, name), solution
+
+
+def _checked(errors: NDArray[np.float64], name: str | None) -> NDArray[np.float64]:
     if not np.isfinite(errors).all():
         raise ValueError(f"{name or 'layer'}: errors must be finite; does the supernet hold NaN weights?")
     # Rounding differs between machines by an ulp or so; ties must not.
-    best = np.round(errors, 12).argmin(axis=1)
-    return LayerPattern.from_assignment([space.candidates[index] for index in best], name)
+    return np.round(errors, 12)

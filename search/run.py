@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from ic_conv.pattern import DilationPattern
 from search.arch import build_network, file_stem
+from search.assignment import BranchLimits
 from search.criteria import DEFAULT_CRITERION
 from search.data import FolderImages, ScatteredDigits, build_loader
 from search.engine import TrainOptions, train
@@ -45,6 +46,7 @@ class SearchOptions:
         arch: see `search.arch.build_network`.
         strategy: a name of `search.STRATEGIES`.
         criterion: a name of `search.criteria.CRITERIA`, for the strategy edo.
+        limits: sizes and number of a layer's branches, for the strategy edo.
         data: ``digits``, or a folder with one folder of images per class.
         image_size: side of the images in pixels.
         calibration_images: images in the statistics pass.
@@ -62,6 +64,7 @@ class SearchOptions:
     arch: str = "ic_resnet50"
     strategy: str = "edo"
     criterion: str = DEFAULT_CRITERION
+    limits: BranchLimits = field(default_factory=BranchLimits)
     data: str = DIGITS
     image_size: int = 96
     calibration_images: int = 512
@@ -73,7 +76,11 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"unknown strategy {self.strategy!r}; known ones: {', '.join(STRATEGIES)}")
-        made = EDOStrategy(self.criterion)  # says which criteria there are, whatever the strategy
+        made = EDOStrategy(
+            self.criterion, self.limits
+        )  # says which criteria there are, whatever the strategy
+        if self.strategy != made.name and not self.limits.free:
+            raise ValueError(f"limits of the branches are for the strategy edo, got {self.strategy}")
         finder = made if self.strategy == made.name else STRATEGIES[self.strategy]()
         object.__setattr__(self, "finder", finder)
         if self.calibration_images < 1:
@@ -128,6 +135,7 @@ def prepare(options: SearchOptions) -> Prepared:
     task = wrap(supernet, num_classes, options.image_size)
     batches = _Calibration(dataset, options)
     search = replace(SearchTask.of(supernet, seed=options.train.seed), batches=lambda: batches)
+    options.finder.check(search)
     return Prepared(task, dataset, search)
 
 

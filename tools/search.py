@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 if TYPE_CHECKING:
+    from search.assignment import BranchLimits
     from search.run import SearchOptions
 
 # Python puts this script's folder first, where the script itself would pass for the package `search`;
@@ -34,6 +35,7 @@ EPILOG = """examples:
   python tools/search.py --kernel 13 --arch ic_resnet18   a larger search space on a smaller network
   python tools/search.py --arch timm.models.resnet:resnet26 --data photos/      your network, your images
   python tools/search.py --checkpoint supernet.pt         the supernet is trained already
+  python tools/search.py --target cpu                     branch sizes that run as fast as a plain convolution
   python tools/search.py --strategy random --seed 1       a control, found without a supernet
   python tools/search.py --dry-run                        what would be done, and how long it takes here
   torchrun --nproc_per_node 2 tools/search.py --launcher pytorch                several processes
@@ -44,6 +46,7 @@ the result: WORK_DIR/ARCH_kKERNEL.json (the pattern), .meta.json (where it comes
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     from search.arch import known_archs
+    from search.assignment import TARGETS
     from search.criteria import CRITERIA
     from search.strategies import STRATEGIES
 
@@ -74,6 +77,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--criterion", default="energy", help=f"what edo keeps: {', '.join(CRITERIA)} (default energy)"
     )
+    fast = parser.add_argument_group(
+        "branches that run fast (strategy edo; by default each channel keeps its best dilation)"
+    )
+    fast.add_argument(
+        "--target", choices=tuple(TARGETS), help="the multiple and number of branches that suit this device"
+    )
+    fast.add_argument(
+        "--channel-multiple",
+        type=int,
+        metavar="M",
+        help="branch sizes are multiples of M; what a layer has over goes to one branch (cpu 16, cuda 32)",
+    )
+    fast.add_argument("--min-branch", type=int, metavar="N", help="least channels of a branch")
+    fast.add_argument("--max-branches", type=int, metavar="N", help="most branches of a layer (targets: 8)")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -203,6 +220,15 @@ def next_command(arch: str, path: Path) -> str:
     return f"  python -c {shlex.quote(code)}" if '"' in code else f'  python -c "{code}"'
 
 
+def build_limits(args: argparse.Namespace) -> BranchLimits:
+    """The target's limits, each replaced by its own option where that is given."""
+    from search.assignment import TARGETS, BranchLimits
+
+    given = {name: getattr(args, name) for name in ("channel_multiple", "min_branch", "max_branches")}
+    chosen = TARGETS[args.target] if args.target else BranchLimits()
+    return replace(chosen, **{name: value for name, value in given.items() if value is not None})
+
+
 def build_options(args: argparse.Namespace) -> SearchOptions:
     """SearchOptions from the command line."""
     from search.arch import file_stem
@@ -241,6 +267,7 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
         arch=args.arch,
         strategy=args.strategy,
         criterion=args.criterion,
+        limits=build_limits(args),
         data=args.data,
         image_size=args.image_size,
         calibration_images=args.calibration_images,

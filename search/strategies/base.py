@@ -52,6 +52,9 @@ class Strategy(ABC):
     name: ClassVar[str]
     needs_supernet: ClassVar[bool] = False
 
+    def check(self, task: SearchTask) -> None:  # noqa: B027 (most strategies suit every task)
+        """Called before any work starts; raises ValueError if the options do not suit the task."""
+
     @abstractmethod
     def search(self, task: SearchTask) -> DilationPattern:
         """Returns one named LayerPattern per layer of the task; the same task gives the same pattern."""

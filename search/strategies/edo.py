@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
 
 from ic_conv.pattern import DilationPattern
-from search.assign import assign_argmin, unit_errors
+from search.assign import assign_argmin, assign_within, unit_errors
+from search.assignment import BranchLimits, UnitLimits
 from search.criteria import DEFAULT_CRITERION, criterion, needs_residuals
 from search.statistics import LayerMoments, collect
 from search.strategies.base import SearchTask, Strategy
+from search.supernet import super_layers
 
 
 class EDOStrategy(Strategy):
@@ -21,6 +23,7 @@ class EDOStrategy(Strategy):
 
     Args:
         criterion: what "best" means, see `search.criteria`.
+        limits: sizes and number of branches that run fast; by default there are none, as in the paper.
 
     Raises:
         ValueError: the criterion is unknown.
@@ -29,9 +32,12 @@ class EDOStrategy(Strategy):
     name = "edo"
     needs_supernet = True
 
-    def __init__(self, criterion: str = DEFAULT_CRITERION) -> None:
+    def __init__(self, criterion: str = DEFAULT_CRITERION, limits: BranchLimits | None = None) -> None:
         self.residuals = needs_residuals(criterion)
-        self.criterion = criterion
+        self.criterion, self.limits = criterion, limits or BranchLimits()
+
+    def check(self, task: SearchTask) -> None:
+        self._unit_limits(task)
 
     def search(self, task: SearchTask) -> DilationPattern:
         if task.supernet is None:
@@ -42,17 +48,43 @@ class EDOStrategy(Strategy):
     def from_moments(self, task: SearchTask, moments: dict[str, LayerMoments]) -> DilationPattern:
         """The pattern for moments that were collected before. Costs no forward pass."""
         errors_of = criterion(self.criterion)
-        layers, mean_errors = [], {}
+        limits = self._unit_limits(task)
+        layers, mean_errors, gaps = [], {}, {}
         for name, units in task.units.items():
-            errors = errors_of(moments[name], task.space)
-            by_unit = unit_errors(errors, units)
-            layers.append(assign_argmin(by_unit, task.space, name))
-            mean_errors[name] = round(float(by_unit.min(axis=1).mean()), 6)
+            errors = unit_errors(errors_of(moments[name], task.space), units)
+            if self.limits.free:
+                layer, total = assign_argmin(errors, task.space, name), errors.min(axis=1).sum()
+            else:
+                layer, solution = assign_within(errors, task.space, limits[name], name)
+                total, gaps[name] = solution.total, round(solution.gap, 6)
+            layers.append(layer)
+            mean_errors[name] = round(float(total / units), 6)
         pattern = DilationPattern(tuple(layers), task.space.kernel, task.space.base_kernel)
         strides = {name: moment.stride for name, moment in moments.items()}
+        meta = {"criterion": self.criterion, "layer_error": mean_errors, "layer_stride": strides}
         return replace(
-            pattern, meta={"criterion": self.criterion, "layer_error": mean_errors, "layer_stride": strides}
+            pattern, meta=meta | ({"limits": asdict(self.limits), "layer_gap": gaps} if gaps else {})
         )
+
+    def _unit_limits(self, task: SearchTask) -> dict[str, UnitLimits]:
+        """The limits in units of each layer.
+
+        Raises:
+            ValueError: a layer is too small for them.
+        """
+        return {
+            name: self.limits.of_layer(task.units[name], channels, name)
+            for name, channels in layer_channels(task).items()
+        }
+
+
+def layer_channels(task: SearchTask) -> dict[str, int]:
+    """Output channels of each layer of the task's supernet."""
+    layers = {} if task.supernet is None else super_layers(task.supernet)
+    return {
+        name: layer.out_channels if isinstance(layer, nn.Conv2d) else layer.channels
+        for name, layer in layers.items()
+    }
 
 
 def edo(

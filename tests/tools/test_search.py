@@ -177,6 +177,9 @@ BAD = [
     (["--launcher", "pytorch"], "needs torchrun"),
     (["--device", "cuda:99"], "got device 'cuda:99'"),
     (["--config", "missing.py"], "the config file must exist, got missing.py"),
+    (["--target", "cpu"], "0: the channel multiple must be at most its 8 channels, got 16"),
+    (["--max-branches", 0], "max branches must be at least 1, got 0"),
+    (["--channel-multiple", 4, "--strategy", "hand"], "for the strategy edo, got hand"),
 ]
 
 
