@@ -2,6 +2,7 @@
 """Inception convolution and involution: layers and backbones that use dilation patterns."""
 
 from ic_conv.convert import apply_pattern, searchable_layers
+from ic_conv.fuse import fuse
 from ic_conv.layers import CVolution2d, ICConv2d, Involution2d
 from ic_conv.models import (
     cednet38,
@@ -29,6 +30,7 @@ __all__ = [
     "apply_pattern",
     "cednet38",
     "cednet50",
+    "fuse",
     "ic_resnet18",
     "ic_resnet34",
     "ic_resnet50",

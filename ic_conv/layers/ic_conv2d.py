@@ -119,10 +119,10 @@ class ICConv2d(nn.Conv2d):
         """Makes the buffer `branches` from the pattern, on the weight's device."""
         self.register_buffer("branches", torch.tensor(_rows(self.pattern), device=self.weight.device))
 
-    def freeze(self, relu: bool = False) -> None:
-        """For inference: parameters are constants from now on, so that backends may keep them rearranged."""
+    def freeze(self) -> None:
+        """Parameters are constants from now on: backends may keep them in an order of their own."""
         self.requires_grad_(False)
-        self.relu, self._packs = relu, Packs()
+        self._packs = Packs()
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.input_order is not None:
