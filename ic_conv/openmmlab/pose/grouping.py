@@ -59,10 +59,19 @@ def group_by_tags(
     return people
 
 
+def matching_cost(distances: np.ndarray, scores: np.ndarray, tag_thr: float) -> np.ndarray:
+    """The cost of giving a candidate (rows) to a person (columns).
+
+    Rounding leaves many matchings equally cheap; of these the last term takes one with most joints near their
+    person, where MMPose's choice is arbitrary.
+    """
+    return np.round(distances) * 100 - scores[:, None] + 1e-3 * np.minimum(distances / tag_thr, 1)
+
+
 def _match(scores: np.ndarray, tags: np.ndarray, means: np.ndarray, tag_thr: float) -> np.ndarray:
     """The person of each candidate by index into the people's mean tags, -1 for a new person."""
     distances = np.linalg.norm(tags[:, None] - means[None], axis=-1)
-    rows, columns = linear_sum_assignment(np.round(distances) * 100 - scores[:, None])
+    rows, columns = linear_sum_assignment(matching_cost(distances, scores, tag_thr))
     near = distances[rows, columns] < tag_thr
     owners = np.full(len(scores), -1)
     owners[rows[near]] = columns[near]
