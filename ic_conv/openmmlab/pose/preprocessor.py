@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.registry import MODELS
 from mmpose.models.data_preprocessors import PoseDataPreprocessor
+from torch import Tensor
 
 
 @MODELS.register_module()
@@ -19,7 +20,7 @@ class PyramidPreprocessor(PoseDataPreprocessor):
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         levels = data["inputs"]
-        if not isinstance(levels[0], list):
+        if isinstance(levels[0], Tensor):
             return super().forward(data, training)
         # the original scale comes last, so that the samples keep its shape
         forward = super().forward
