@@ -9,12 +9,24 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import nn
 
+from ic_conv._pattern_file import _layer_counts as layer_counts
 from ic_conv.layers import CVolution2d, ICConv2d, Involution2d
 from ic_conv.ops.checks import Pair, as_pair
 
 INVOLUTION = {"type": "Involution2d", "kernel_size": 7}  # of the published necks and heads
 
-MODELS.register_module("ICConv2d", module=ICConv2d, force=True)
+
+@MODELS.register_module("ICConv2d", force=True)
+def build_ic_conv2d(*args: Any, pattern: Mapping[Any, int], **options: Any) -> ICConv2d:
+    """ICConv2d from a config, in which a pattern may also have the keys of pattern files.
+
+    Example:
+        >>> conv_cfg = dict(type="ICConv2d", pattern={(1, 1): 48, (1, 4): 16})
+        >>> conv_cfg = dict(type="ICConv2d", pattern={"(0, 0)": 48, "(0, 3)": 16})  # the same
+    """
+    if any(isinstance(key, str) for key in pattern):
+        pattern = layer_counts(pattern, "conv_cfg.pattern")
+    return ICConv2d(*args, pattern=pattern, **options)
 
 
 class _InPlaceOfConv:
@@ -79,6 +91,10 @@ class ConvInvolution2d(_InPlaceOfConv, Involution2d):
 @MODELS.register_module("CVolution2d", force=True)
 class ConvCVolution2d(_InPlaceOfConv, CVolution2d):
     __doc__ = _InPlaceOfConv.__doc__
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.kernel_size, self.stride = self.spatial.kernel_size, self.spatial.stride
 
 
 def in_place_of(conv: nn.Conv2d, cfg: Mapping[str, Any]) -> nn.Module:
