@@ -94,7 +94,8 @@ class ConvCVolution2d(_InPlaceOfConv, CVolution2d):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.kernel_size, self.stride = self.spatial.kernel_size, self.spatial.stride
+        for name in ("kernel_size", "stride", "groups"):
+            setattr(self, name, getattr(self.spatial, name))
 
 
 def in_place_of(conv: nn.Conv2d, cfg: Mapping[str, Any]) -> nn.Module:
