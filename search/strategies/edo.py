@@ -49,7 +49,7 @@ class EDOStrategy(Strategy):
         """The pattern for moments that were collected before. Costs no forward pass."""
         errors_of = criterion(self.criterion)
         limits = self._unit_limits(task)
-        layers, mean_errors, gaps = [], {}, {}
+        layers, mean_errors, of_candidates, gaps = [], {}, {}, {}
         for name, units in task.units.items():
             errors = unit_errors(errors_of(moments[name], task.space), units)
             if self.limits.free:
@@ -59,9 +59,15 @@ class EDOStrategy(Strategy):
                 total, gaps[name] = solution.total, round(solution.gap, 6)
             layers.append(layer)
             mean_errors[name] = round(float(total / units), 6)
+            of_candidates[name] = errors.mean(axis=0).round(6).tolist()
         pattern = DilationPattern(tuple(layers), task.space.kernel, task.space.base_kernel)
         strides = {name: moment.stride for name, moment in moments.items()}
-        meta = {"criterion": self.criterion, "layer_error": mean_errors, "layer_stride": strides}
+        meta = {
+            "criterion": self.criterion,
+            "layer_error": mean_errors,
+            "candidate_error": of_candidates,  # what any other pattern of these counts would lose, on average
+            "layer_stride": strides,
+        }
         return replace(
             pattern, meta=meta | ({"limits": asdict(self.limits), "layer_gap": gaps} if gaps else {})
         )
