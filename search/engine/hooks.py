@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,10 @@ def bare(model: Any) -> Any:
 
 
 class ProgressHook(Hook):
-    """Loss, speed and time left: a bar on a terminal, else a line every ten seconds; lines go to the log."""
+    """Loss, speed and time left: a bar on a terminal, else a line every ten seconds; lines go to the log.
+
+    Loss and learning rate of every step go to MMEngine's visualizer: ``log/*/vis_data/scalars.json``.
+    """
 
     priority = "LOWEST"
 
@@ -163,10 +166,15 @@ class ProgressHook(Hook):
             )
             self._bar.start()
 
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self._lr = runner.optim_wrapper.get_lr()["lr"][0]
+
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         loss, step, now = outputs["loss"].item(), batch_idx + 1, time.monotonic()
+        with suppress(OSError):  # a full disk is told once, by the checkpoint
+            runner.visualizer.add_scalars({"loss": loss, "lr": self._lr}, step)
         self.loss = loss if self.loss != self.loss else self.loss + 0.1 * (loss - self.loss)
         speed = (step - self._first) / max(now - self._start, 1e-9)
         last = step == runner.max_iters

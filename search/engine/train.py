@@ -112,7 +112,7 @@ def _run(
             default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")),
             custom_hooks=[state, progress],
             launcher=options.launcher,
-            visualizer={"type": "Visualizer"},
+            visualizer={"type": "Visualizer", "vis_backends": [{"type": "LocalVisBackend"}]},
             randomness={"seed": options.seed},
             experiment_name=name,
         )

@@ -90,7 +90,7 @@ def test_edo_finds_the_taps_that_hold_the_weight() -> None:
             task.supernet[0].weight[channel] = masks[channel % 16] + 0.01
     pattern = edo(task.supernet, task.batches())
     assert list(pattern.layers[0].assignment or ()) == expected
-    assert set(pattern.meta) == {"criterion", "layer_error", "layer_stride"}
+    assert set(pattern.meta) == {"criterion", "layer_error", "candidate_error", "layer_stride"}
 
 
 def test_hand_rule_has_its_shares() -> None:
