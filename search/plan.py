@@ -67,19 +67,18 @@ def measure_cost(options: SearchOptions, prepared: Prepared) -> Cost:
 
 def describe(options: SearchOptions, prepared: Prepared) -> str:
     """The plan as text: layers, sizes, candidates."""
-    space = options.space
+    space = prepared.search.space
     width = max(map(len, prepared.search.units))
     base, grown = (f"{size}x{size}" for size in (space.base_kernel, space.kernel))
     lines = [
-        f"{options.arch}: {len(prepared.search.units)} layers grow from {base} to {grown}; "
+        f"{options.name}: {len(prepared.search.units)} layers grow from {base} to {grown}; "
         f"{len(space.candidates)} dilations for each channel"
     ]
-    for name, layer in super_layers(prepared.task.network).items():
+    for name, layer in super_layers(prepared.task).items():
         groups = f", {layer.groups} groups" if layer.groups > 1 else ""
         stride = f", stride {layer.stride[0]}" if layer.stride != (1, 1) else ""
         lines.append(f"  {name:<{width}}  {layer.in_channels:>4} -> {layer.out_channels:<4}{stride}{groups}")
-    lines.append(f"data: {options.data}, {options.image_size} px, {len(prepared.dataset)} images")  # type: ignore[arg-type]
-    lines.append(f"task: {type(prepared.task).__name__}, {prepared.task.num_classes} classes")
+    lines.append(prepared.origin)
     lines.append(
         f"strategy: {options.strategy}" + (f", criterion {options.criterion}" * _uses_criterion(options))
     )

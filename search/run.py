@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ic_conv.checkpoint import read_weights
 from ic_conv.pattern import DilationPattern
 from search.arch import build_network, file_stem
 from search.assignment import BranchLimits
@@ -28,7 +30,7 @@ from search.engine.options import resolve_device
 from search.report import draw_pattern
 from search.space import DilationSpace
 from search.statistics import images_of
-from search.strategies import STRATEGIES, EDOStrategy, SearchTask, Strategy
+from search.strategies import STRATEGIES, EDOStrategy, ParetoOptions, ParetoStrategy, SearchTask, Strategy
 from search.supernet import convert_to_supernet
 from search.tasks import Task, wrap
 
@@ -47,10 +49,14 @@ class SearchOptions:
         strategy: a name of `search.STRATEGIES`.
         criterion: a name of `search.criteria.CRITERIA`, for the strategy edo.
         limits: sizes and number of a layer's branches, for the strategy edo.
+        pareto: what the strategy pareto varies and optimises, and where its study lives.
+        finetune_steps: training steps before each trial's validation score; 0: no score.
         data: ``digits``, or a folder with one folder of images per class.
         image_size: side of the images in pixels.
         calibration_images: images in the statistics pass.
         checkpoint: weights of a trained supernet; nothing is trained then.
+        task_config: an OpenMMLab config whose backbone is the supernet, see `search.on_task`; it stands for
+            arch, kernels and data, and needs the checkpoint that training it left.
         output: the pattern file; by default it lies in the work folder.
         skip_bad: leave out images that cannot be read instead of stopping.
 
@@ -65,10 +71,13 @@ class SearchOptions:
     strategy: str = "edo"
     criterion: str = DEFAULT_CRITERION
     limits: BranchLimits = field(default_factory=BranchLimits)
+    pareto: ParetoOptions = field(default_factory=ParetoOptions)
+    finetune_steps: int = 0
     data: str = DIGITS
     image_size: int = 96
     calibration_images: int = 512
     checkpoint: str | None = None
+    task_config: str | None = None
     output: Path | None = None
     skip_bad: bool = False
     finder: Strategy = field(init=False, repr=False)
@@ -81,7 +90,12 @@ class SearchOptions:
         )  # says which criteria there are, whatever the strategy
         if self.strategy != made.name and not self.limits.free:
             raise ValueError(f"limits of the branches are for the strategy edo, got {self.strategy}")
-        finder = made if self.strategy == made.name else STRATEGIES[self.strategy]()
+        finder: Strategy = made if self.strategy == made.name else STRATEGIES[self.strategy]()
+        if isinstance(finder, ParetoStrategy):
+            identity = {"finetune_steps": self.finetune_steps, "data": Path(self.data).name}
+            finder = ParetoStrategy(replace(self.pareto, yardstick=self.criterion, identity=identity))
+        elif self.finetune_steps or self.pareto != ParetoOptions():
+            raise ValueError(f"options of a study are for the strategy pareto, got {self.strategy}")
         object.__setattr__(self, "finder", finder)
         if self.calibration_images < 1:
             raise ValueError(f"calibration images must be at least 1, got {self.calibration_images}")
@@ -94,16 +108,34 @@ class SearchOptions:
 
     @property
     def pattern_path(self) -> Path:
-        return self.output or Path(self.train.work_dir) / f"{file_stem(self.arch, self.kernel)}.json"
+        return self.output or Path(self.train.work_dir) / f"{self.name}.json"
+
+    @property
+    def front_path(self) -> Path:
+        """The folder of the strategy pareto's patterns, figure and table."""
+        return self.pattern_path.with_name(f"{self.pattern_path.stem}_front")
+
+    @property
+    def name(self) -> str:
+        """What the files of this search are called."""
+        return Path(self.task_config).stem if self.task_config else file_stem(self.arch, self.kernel)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A supernet in its task, with the data to train and calibrate it."""
+    """A supernet in its task, with the data to train and calibrate it.
 
-    task: Task
+    Attributes:
+        task: a Task, or the whole model of a task config.
+        dataset: what it learns from.
+        search: the supernet, and its calibration data.
+        origin: data and task in words, a line each.
+    """
+
+    task: BaseModel
     dataset: Dataset[Any]
     search: SearchTask
+    origin: str
 
 
 def prepare(options: SearchOptions) -> Prepared:
@@ -114,18 +146,13 @@ def prepare(options: SearchOptions) -> Prepared:
         OSError: the pattern file's folder cannot be written.
     """
     _check_output(options)
+    if options.task_config is not None:
+        from search.on_task import prepare_task  # needs OpenMMLab
+
+        return prepare_task(options)
     space = options.space
     folder = options.data != DIGITS
-    dataset: Dataset[Any]
-    if folder:
-        dataset = FolderImages(
-            options.data,
-            image_size=options.image_size,
-            seed=options.train.seed,
-            skip_bad=options.skip_bad,
-        )
-    else:
-        dataset = ScatteredDigits(image_size=options.image_size, seed=options.train.seed)
+    dataset = _dataset(options)
     num_classes: int = dataset.num_classes
     torch.manual_seed(options.train.seed)
     network = build_network(options.arch, num_classes if folder else None)
@@ -136,17 +163,48 @@ def prepare(options: SearchOptions) -> Prepared:
     batches = _Calibration(dataset, options)
     search = replace(SearchTask.of(supernet, seed=options.train.seed), batches=lambda: batches)
     options.finder.check(search)
-    return Prepared(task, dataset, search)
+    origin = (
+        f"data: {options.data}, {options.image_size} px, {len(dataset)} images\n"
+        f"task: {type(task).__name__}, {num_classes} classes"
+    )
+    return Prepared(task, dataset, search, origin)
+
+
+def _dataset(options: SearchOptions, split: str = "train") -> FolderImages | ScatteredDigits:
+    size, seed = options.image_size, options.train.seed
+    if options.data == DIGITS:
+        return ScatteredDigits(split, image_size=size, seed=seed)
+    return FolderImages(options.data, split, image_size=size, seed=seed, skip_bad=options.skip_bad)
 
 
 def search_pattern(options: SearchOptions, prepared: Prepared) -> DilationPattern:
     """Trains the supernet where the strategy needs one, and returns the pattern with its provenance."""
     trained = options.finder.needs_supernet and options.checkpoint is None
     if trained:
+        assert isinstance(prepared.task, Task)  # the model of a task config comes with a checkpoint
         train(prepared.task, prepared.dataset, options.train)
     prepared.task.to(resolve_device(options.train.device))
+    if isinstance(options.finder, ParetoStrategy):
+        return _search_front(options, options.finder, prepared, trained)
     pattern = options.finder.search(prepared.search)
     return replace(pattern, meta=_provenance(options, prepared, trained) | dict(pattern.meta))
+
+
+def _search_front(
+    options: SearchOptions, finder: ParetoStrategy, prepared: Prepared, trained: bool
+) -> DilationPattern:
+    """The knee of the front; the front's files go to a folder beside the pattern file."""
+    from search.front import FineTuned, search_front
+
+    score = None
+    if options.finetune_steps:
+        if not isinstance(prepared.task, Task):
+            raise ValueError("scores after fine-tuning are for the tool's own data, not for a task's config")
+        short = replace(options.train, steps=options.finetune_steps)
+        score = FineTuned(prepared.task, prepared.dataset, _dataset(options, "val"), short)
+    meta = _provenance(options, prepared, trained)
+    pattern = search_front(finder, prepared.search, score, options.front_path, meta)
+    return replace(pattern, meta=meta | dict(pattern.meta))
 
 
 def write_results(pattern: DilationPattern, path: Path) -> Path:
@@ -163,17 +221,11 @@ def load_supernet(supernet: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the file cannot be read, or belongs to another network or kernel size.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a file that is none of its own
-        raise ValueError(
-            f"not a checkpoint that torch can read: {path}: {str(error).splitlines()[0]}"
-        ) from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else {}
+    weights, source = read_weights(path)
     inner = {
         key.removeprefix("network."): value for key, value in weights.items() if key.startswith("network.")
     }
-    load_weights(supernet, inner or weights, path)
+    load_weights(supernet, inner or weights, source)
 
 
 class _Calibration(Iterable[Tensor]):
@@ -203,14 +255,15 @@ class _Calibration(Iterable[Tensor]):
 def _provenance(options: SearchOptions, prepared: Prepared, trained: bool) -> dict[str, Any]:
     """Where a pattern comes from: plain values, the same for the same run."""
     meta: dict[str, Any] = {
-        "architecture": options.arch,
+        "architecture": options.name if options.task_config else options.arch,
         "strategy": options.strategy,
-        "data": "scattered digits" if options.data == DIGITS else Path(options.data).name,
-        "image_size": options.image_size,
+        "data": _data_name(options),
         "seed": options.train.seed,
         "versions": {name: version(name) for name in ("ic-conv", "torch", "numpy")},
     }
-    if options.finder.needs_supernet:
+    if options.task_config is None:
+        meta["image_size"] = options.image_size
+    if prepared.search.supernet is not None and options.finder.needs_supernet:
         config = options.train.read_config()
         meta["calibration_images"] = options.calibration_images
         meta["training"] = (
@@ -218,8 +271,14 @@ def _provenance(options: SearchOptions, prepared: Prepared, trained: bool) -> di
             if trained
             else {"checkpoint": Path(str(options.checkpoint)).name}
         )
-        meta["supernet_sha256"] = weights_hash(prepared.task.network)
+        meta["supernet_sha256"] = weights_hash(prepared.search.supernet)
     return meta
+
+
+def _data_name(options: SearchOptions) -> str:
+    if options.task_config is not None:
+        return Path(options.task_config).name
+    return "scattered digits" if options.data == DIGITS else Path(options.data).name
 
 
 def weights_hash(network: nn.Module) -> str:

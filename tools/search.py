@@ -12,7 +12,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
@@ -36,6 +36,10 @@ EPILOG = """examples:
   python tools/search.py --arch timm.models.resnet:resnet26 --data photos/      your network, your images
   python tools/search.py --checkpoint supernet.pt         the supernet is trained already
   python tools/search.py --target cpu                     branch sizes that run as fast as a plain convolution
+  python tools/search.py --config TASK.py --checkpoint epoch_12.pth     a detector's or pose estimator's own
+                                                          supernet (type='SuperResNet'), on its own data
+  python tools/search.py --strategy pareto --latency-table here.json --n-jobs 2       many patterns: the front of
+                                                          error and latency, in WORK_DIR/ARCH_kKERNEL_front
   python tools/search.py --strategy random --seed 1       a control, found without a supernet
   python tools/search.py --dry-run                        what would be done, and how long it takes here
   torchrun --nproc_per_node 2 tools/search.py --launcher pytorch                several processes
@@ -114,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint", metavar="FILE", help="weights of a trained supernet: skip the training"
     )
     length = training.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 180)")
+    length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 160)")
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the data instead of steps")
     training.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="images per step and process (default 8)"
@@ -129,12 +133,63 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument(
         "--config",
         metavar="FILE",
-        help="training settings, an MMEngine config (default configs/search/scattered_digits.py)",
+        help="training settings (default configs/search/scattered_digits.py), or an OpenMMLab config whose "
+        "backbone is the supernet: network and data come from there, the weights from --checkpoint",
     )
     training.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     training.add_argument("--amp", action="store_true", help="mixed precision")
     training.add_argument(
         "--launcher", default="none", choices=("none", "pytorch"), help="pytorch: under torchrun"
+    )
+    front = parser.add_argument_group(
+        "strategy pareto: patterns on the front of error and latency, by an Optuna study over rules per stage"
+    )
+    front.add_argument(
+        "--n-trials", type=int, default=100, metavar="N", help="finished trials of the study (default 100)"
+    )
+    front.add_argument(
+        "--n-jobs", type=int, default=1, metavar="N", help="processes of this machine (default 1)"
+    )
+    front.add_argument(
+        "--storage",
+        metavar="URL",
+        help="none, a journal file, sqlite:///FILE or postgresql://...; the same command on other machines "
+        "works on the same study, and goes on after a kill (default WORK_DIR/study.journal)",
+    )
+    front.add_argument("--study-name", metavar="NAME", help="within the storage (default ARCH_kKERNEL)")
+    front.add_argument(
+        "--sampler", default="nsga2", choices=("nsga2", "tpe"), help="what proposes trials (default nsga2)"
+    )
+    front.add_argument(
+        "--latency-table",
+        metavar="FILE",
+        help="from `tools/benchmark.py latency-table` on this device (default: measure each pattern)",
+    )
+    front.add_argument(
+        "--latency-device",
+        metavar="NAME",
+        help="search for the device of this name, as its table has it, instead of this one",
+    )
+    front.add_argument(
+        "--latency-image-size",
+        type=int,
+        default=224,
+        metavar="PX",
+        help="of images whose latency is measured (default 224)",
+    )
+    front.add_argument(
+        "--criteria",
+        nargs="+",
+        metavar="NAME",
+        default=["energy", "expectation", "taps"],
+        help="that a stage may choose from (default energy expectation taps); --criterion is the yardstick",
+    )
+    front.add_argument(
+        "--finetune-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="third objective: the validation score after so many training steps (default 0: none)",
     )
     output = parser.add_argument_group("run and output")
     output.add_argument(
@@ -203,8 +258,18 @@ def run(args: argparse.Namespace) -> None:
         return
     picture = write_results(pattern, options.pattern_path)
     console.print(f"\n{pattern.summary()}\n")
+    if options.strategy == "pareto":
+        console.print((options.front_path / "front.md").read_text(encoding="utf-8"), markup=False)
+        console.print(f"front    {options.front_path}")
     console.print(f"pattern  {options.pattern_path}\npicture  {picture}\n\nUse it:")
-    console.print(next_command(args.arch, options.pattern_path), markup=False)
+    if options.task_config is None:
+        console.print(next_command(args.arch, options.pattern_path), markup=False)
+    else:
+        from search.on_task import backbone_config
+
+        console.print(
+            f"  backbone={backbone_config(options.task_config, options.pattern_path)}", markup=False
+        )
 
 
 def next_command(arch: str, path: Path) -> str:
@@ -220,6 +285,32 @@ def next_command(arch: str, path: Path) -> str:
     return f"  python -c {shlex.quote(code)}" if '"' in code else f'  python -c "{code}"'
 
 
+def pareto_options(args: argparse.Namespace) -> dict[str, Any]:
+    """SearchOptions' arguments for the strategy pareto."""
+    if args.strategy != "pareto":
+        return {"finetune_steps": args.finetune_steps}
+    from search.arch import file_stem
+    from search.engine.options import resolve_device
+    from search.latency import LatencyTable, device_name
+    from search.strategies import ParetoOptions
+    from search.study import StudyOptions
+
+    stem = file_stem(args.arch, args.kernel)
+    work_dir = Path(args.work_dir or Path("work_dirs") / stem)
+    study = StudyOptions(
+        storage=args.storage or str(work_dir / "study.journal"),
+        name=args.study_name or stem,
+        sampler=args.sampler,
+        trials=args.n_trials,
+        jobs=args.n_jobs,
+    )
+    table = None if args.latency_table is None else LatencyTable.load(args.latency_table)
+    if table is not None:
+        table.check_device(args.latency_device or device_name(resolve_device(args.device)))
+    pareto = ParetoOptions(table, args.latency_image_size, study, tuple(args.criteria))
+    return {"pareto": pareto, "finetune_steps": args.finetune_steps}
+
+
 def build_limits(args: argparse.Namespace) -> BranchLimits:
     """The target's limits, each replaced by its own option where that is given."""
     from search.assignment import TARGETS, BranchLimits
@@ -227,6 +318,32 @@ def build_limits(args: argparse.Namespace) -> BranchLimits:
     given = {name: getattr(args, name) for name in ("channel_multiple", "min_branch", "max_branches")}
     chosen = TARGETS[args.target] if args.target else BranchLimits()
     return replace(chosen, **{name: value for name, value in given.items() if value is not None})
+
+
+def task_config_of(args: argparse.Namespace) -> str | None:
+    """The config of a whole task, if --config names one; training settings have no model.
+
+    Raises:
+        ValueError: an option was given that such a config decides.
+    """
+    from mmengine.config import Config
+
+    if args.config is None or not Path(args.config).is_file():
+        return None
+    try:
+        if "model" not in Config.fromfile(args.config, import_custom_modules=False):
+            return None
+    except Exception:  # a config is code; whoever builds from it says what is wrong
+        return None
+    defaults = parse_args([])
+    for name in ("kernel", "base_kernel", "arch", "data", "image_size", "steps", "epochs", "lr", "workers"):
+        if getattr(args, name) != getattr(defaults, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: {args.config} decides that, with its model and data"
+            )
+    if args.batch_size == defaults.batch_size:
+        args.batch_size = None  # the config's
+    return str(args.config)
 
 
 def build_options(args: argparse.Namespace) -> SearchOptions:
@@ -237,6 +354,7 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
     from search.engine.options import DEFAULT_CONFIG
     from search.run import DIGITS, SearchOptions
 
+    task_config = task_config_of(args)
     steps = args.steps
     if args.epochs is not None:
         if args.epochs < 1:
@@ -247,9 +365,10 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
             else FolderImages(args.data, skip_bad=args.skip_bad, views=1)
         )
         steps = max(1, args.epochs * len(images) // args.batch_size)
+    name = Path(task_config).stem if task_config else file_stem(args.arch, args.kernel)
     train = TrainOptions(
-        work_dir=args.work_dir or Path("work_dirs") / file_stem(args.arch, args.kernel),
-        config=args.config or DEFAULT_CONFIG,
+        work_dir=args.work_dir or Path("work_dirs") / name,
+        config=DEFAULT_CONFIG if task_config or not args.config else args.config,
         steps=steps,
         batch_size=args.batch_size,
         lr=args.lr,
@@ -268,10 +387,12 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
         strategy=args.strategy,
         criterion=args.criterion,
         limits=build_limits(args),
+        **pareto_options(args),
         data=args.data,
         image_size=args.image_size,
         calibration_images=args.calibration_images,
         checkpoint=args.checkpoint,
+        task_config=task_config,
         output=args.output,
         skip_bad=args.skip_bad,
     )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search on the task itself: the supernet that an OpenMMLab config trained, on that config's own data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner, set_random_seed
+from torch import Tensor
+
+from ic_conv.openmmlab._backbone import read_checkpoint
+from ic_conv.openmmlab._blame import explain
+from ic_conv.openmmlab.runner import load_config
+from search.engine.checkpoint import load_weights
+from search.run import Prepared, SearchOptions
+from search.strategies import SearchTask
+from search.supernet import super_layers
+
+
+def prepare_task(options: SearchOptions) -> Prepared:
+    """Builds a task config's model with its trained weights, and its training data for calibration.
+
+    Raises:
+        ValueError: the config cannot be built, has no supernet, or the checkpoint does not fit.
+    """
+    path, checkpoint = str(options.task_config), options.checkpoint
+    if checkpoint is None:
+        raise ValueError(
+            f"{path} describes a whole task: train it first with `python tools/train.py {path}`, "
+            "then name its weights with --checkpoint"
+        )
+    config = load_config(path)
+    init_default_scope(config.default_scope)
+    with _explained(config, path):
+        model = MODELS.build(config.model)
+        batches = _Calibration(config, model, options)
+    backbone = getattr(model, "backbone", model)
+    if not super_layers(backbone):
+        raise ValueError(
+            f"{path}: model.backbone must be a supernet (type='SuperResNet'), got {type(backbone).__name__}"
+        )
+    load_weights(model, read_checkpoint(checkpoint), checkpoint)
+    search = replace(SearchTask.of(backbone, seed=options.train.seed), batches=lambda: batches)
+    options.finder.check(search)
+    dataset = batches.loader.dataset
+    origin = f"data: {type(dataset).__name__}, {len(dataset)} images\ntask: {path}"
+    return Prepared(model, dataset, search, origin)
+
+
+def backbone_config(path: str | os.PathLike[str], pattern: Path) -> str:
+    """The supernet's config turned into that of the network with the found pattern."""
+    backbone = dict(load_config(path).model.backbone)
+    options = {key: value for key, value in backbone.items() if key not in ("type", "kernel_size")}
+    arguments = {"_delete_": True, "type": "ICResNet", **options, "pattern": str(pattern)}
+    return f"dict({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+class _Calibration(Iterable[Tensor]):
+    """Batches as the training pipeline gives them to the network, the same ones in every pass."""
+
+    def __init__(self, config: Config, model: BaseModel, options: SearchOptions) -> None:
+        self.model, self.seed = model, options.train.seed
+        settings = config.train_dataloader.copy()
+        settings.persistent_workers = False
+        settings.batch_size = options.train.batch_size or settings.batch_size
+        self.loader = Runner.build_dataloader(settings, seed=self.seed)
+        images = min(options.calibration_images, len(self.loader.dataset))
+        self.batches = -(-images // settings.batch_size)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        set_random_seed(self.seed)  # crops and flips are drawn as in the training
+        for batch in islice(self.loader, self.batches):
+            yield self.model.data_preprocessor(batch, False)["inputs"]
+
+
+@contextmanager
+def _explained(config: Config, path: str) -> Iterator[None]:
+    """What goes wrong in the libraries becomes one line that names the config and its key."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError, ImportError) as error:
+        raise ValueError(f"{path}: {explain(config.to_dict(), error)}") from error
