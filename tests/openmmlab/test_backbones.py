@@ -16,6 +16,7 @@ pytest.importorskip("mmcv")
 
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader
 
 import ic_conv
 from ic_conv.checkpoint import pattern_of
@@ -228,6 +229,33 @@ def test_pretrained_supernet(grown: bool, tmp_path: Path) -> None:
     net = loaded(state, tmp_path / "super.pth", kind="SuperResNet", kernel_size=5)
     for x, y in zip(net(image()), source(image()), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("kind", ["RedNet", "CedNet"])
+def test_pretrained_involutions_with_a_pattern(kind: str, plain: bool, tmp_path: Path) -> None:
+    windows = {"depth": 26, "kernel_size": 5, "stem_kernel_size": 7}
+    counts = [{"(0, 0)": groups - 1, "(1, 2)": 1} for groups in (4, 8, 8, 16, 16, 16, 16, 32)]
+    source = randomised(build(kind, pattern=None if plain else counts, **windows))
+    net = loaded(source.state_dict(), tmp_path / "red.pth", kind=kind, pattern=counts, **windows)
+    expected = build(kind, pattern=counts, **windows)
+    expected.load_state_dict(source.state_dict(), strict=not plain)
+    assert all(torch.equal(x, y) for x, y in zip(net(image()), expected.eval()(image()), strict=True))
+    assert sum(name.endswith("group_dilations") for name in net.state_dict()) == 8
+
+
+def test_pretrained_from_an_address_goes_through_mmengine(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = randomised(ic_conv.ic_resnet18())
+    asked = []
+
+    def load(address: str, map_location: Any) -> dict[str, Tensor]:
+        asked.append(address)
+        return source.state_dict()
+
+    monkeypatch.setattr(CheckpointLoader, "load_checkpoint", load)
+    net = build(init_cfg={"type": "Pretrained", "checkpoint": "torchvision://resnet18"})
+    net.init_weights()
+    assert asked == ["torchvision://resnet18"] and torch.equal(net.conv1.weight, source.conv1.weight)
 
 
 def test_weights_once_trained_are_not_loaded_over(tmp_path: Path) -> None:
