@@ -170,7 +170,7 @@ BAD = [
         ["--checkpoint", "other.pt"],
         "other.pt: 0.weight is (8, 3, 5, 5) in the file, (8, 3, 9, 9) in the network",
     ),
-    (["--checkpoint", "mynet.py"], "not a checkpoint that torch can read: mynet.py"),
+    (["--checkpoint", "mynet.py"], "mynet.py: not a file of weights that can be read safely"),
     (["--output", "mynet.py/p.json"], "the output folder must be writable: mynet.py"),
     (["--output", "p.txt"], "must end in .json"),
     (["--steps", 0], "steps must be at least 1, got 0"),
