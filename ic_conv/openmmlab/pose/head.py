@@ -36,7 +36,7 @@ class TrainableAssociativeEmbeddingHead(AssociativeEmbeddingHead):
         train_cfg: dict[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """loss_kpt: mean squared error where people are annotated; loss_pull, loss_push: of the tags."""
-        heatmaps, tags = self.forward(feats)
+        heatmaps, tags = (maps.float() for maps in self.forward(feats))
         if not self.tag_per_keypoint:
             tags = tags.repeat_interleave(self.num_keypoints, dim=1)
         fields = [sample.gt_fields for sample in batch_data_samples]
