@@ -16,12 +16,13 @@ Weights = str | os.PathLike[str] | Mapping[str, Tensor]
 Layout = Literal["plain", "branches", "published"]
 
 
-def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
+def read_weights(weights: Weights, trust: bool = False) -> tuple[dict[str, Tensor], str]:
     """A state dict on the CPU, and how to call its source in messages.
 
     Args:
         weights: a file of `torch.save`, or a state dict. A dict that holds it under ``state_dict`` or
             ``model``, as training programs save it, is unpacked. Only tensors and plain values are read.
+        trust: read a file as a pickle, which may run any code that its author put in.
 
     Raises:
         ValueError: the file holds something else; the message names it.
@@ -32,7 +33,7 @@ def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
     if not isinstance(weights, Mapping):
         source = os.fspath(weights)
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = torch.load(weights, map_location="cpu", weights_only=not trust)
         except OSError:
             raise
         except Exception as error:  # unpickling a damaged or foreign file may raise anything

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: C408 (the style of MMEngine configs)
+"""IC-ResNet-50 on ImageNet, with dilations up to 4."""
+
+_base_ = "../_base_/imagenet_bs2048_130e.py"
+model = dict(
+    backbone=dict(type="ICResNet", depth=50, pattern="pattern_zoo/scattered_digits/ic_resnet50_k9.json")
+)

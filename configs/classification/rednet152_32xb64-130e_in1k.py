@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: C408 (the style of MMEngine configs)
+"""RedNet-152 on ImageNet."""
+
+_base_ = "../_base_/imagenet_bs2048_130e.py"
+model = dict(backbone=dict(type="RedNet", depth=152))

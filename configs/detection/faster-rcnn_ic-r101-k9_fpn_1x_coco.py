@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: C408 (the style of MMEngine configs)
+"""Faster R-CNN with IC-ResNet-101."""
+
+_base_ = "faster-rcnn_ic-r50-k9_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(
+        depth=101,
+        pattern="pattern_zoo/scattered_digits/ic_resnet101_k9.json",
+        init_cfg=dict(checkpoint="checkpoints/ic_resnet101_k9.pth"),
+    )
+)

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: C408 (the style of MMEngine configs)
+"""Cascade Mask R-CNN with IC-ResNet-50."""
+
+_base_ = "mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"
+custom_imports = dict(imports=["ic_conv.openmmlab"], allow_failed_imports=False)
+model = dict(
+    backbone=dict(
+        type="ICResNet",
+        pattern="pattern_zoo/scattered_digits/ic_resnet50_k9.json",
+        init_cfg=dict(checkpoint="checkpoints/ic_resnet50_k9.pth"),
+    )
+)
