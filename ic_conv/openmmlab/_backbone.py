@@ -56,7 +56,7 @@ class Backbone(BaseModule):
         with_cp: recompute each block in the backward pass instead of storing what it computed.
         init_cfg: as everywhere in MMEngine. ``dict(type="Pretrained", checkpoint=FILE, prefix="backbone.")``
             takes weights of this network, of a plain one (torchvision's keys), and the published ones, with
-            or without a prefix; all must fit.
+            or without a prefix; all must fit, but for the classifier's.
         fixed: options of the libraries' ResNets that have one value here (`FIXED`), so that inherited
             configs work.
 
@@ -152,10 +152,15 @@ class Backbone(BaseModule):
         if final or self._transform is None:
             checkpoint.load_weights(self, state, source)
             return
-        twin = self._plain()
+        twin = self._twin(state)
         checkpoint.load_weights(twin, state, source)
-        self._transform(twin)
+        with config_key(source):
+            self._transform(twin)
         self.load_state_dict(twin.state_dict())
+
+    def _twin(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The network that these weights belong to; transformed, it is this one."""
+        return self._plain()
 
     def _is_final(self, state: Mapping[str, Tensor]) -> bool:
         """Whether weights are those of the transformed network."""
@@ -256,7 +261,7 @@ def one_of(value: T, known: Sequence[T], key: str) -> T:
 
 @contextmanager
 def config_key(key: str) -> Iterator[None]:
-    """Puts the config's key in front of an error's message."""
+    """Puts the config's key, or a file's name, in front of an error's message."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -20,6 +20,8 @@ from ic_conv.openmmlab._backbone import ALL_STAGES, Backbone, PatternConfig, fin
 class ICResNet(resnet.ResNet, Backbone):
     """ResNet or ResNeXt with a dilation pattern, or the plain network without one.
 
+    Pretrained weights may also be those of the supernet on which the pattern was found; they are cropped.
+
     Args:
         depth: 18, 34, 50, 101 or 152.
         pattern: a pattern file, or what stands in it. A relative path starts in the working directory or,
@@ -50,6 +52,14 @@ class ICResNet(resnet.ResNet, Backbone):
         super().__init__(**options)
         transform = None if dilations is None else partial(apply_pattern, pattern=dilations, inplace=True)
         self.set_up(partial(resnet.ResNet, **options), transform, **common)
+
+    def _twin(self, state: Mapping[str, Tensor]) -> nn.Module:
+        plain = super()._twin(state)
+        if (size := _kernel_size(state)) <= 3:
+            return plain
+        from search import convert_to_supernet
+
+        return convert_to_supernet(plain, size, inplace=True)
 
 
 @MODELS.register_module()
@@ -88,8 +98,13 @@ class SuperResNet(resnet.ResNet, Backbone):
         self._transform = partial(grow, init="inflate")
 
     def _is_final(self, state: Mapping[str, Tensor]) -> bool:
-        kernel = state.get("layer1.0.conv2.weight")
-        return kernel is not None and kernel.shape[-1] == self.kernel_size
+        return _kernel_size(state) == self.kernel_size
+
+
+def _kernel_size(state: Mapping[str, Tensor]) -> int:
+    """Of the searchable layers; 3 if they are missing, for the plain network to complain."""
+    kernel = state.get("layer1.0.conv2.weight")
+    return 3 if kernel is None else kernel.shape[-1]
 
 
 def _resnet_options(depth: int, groups: int, base_width: int, out_indices: Sequence[int]) -> dict[str, Any]:

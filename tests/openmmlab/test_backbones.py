@@ -19,6 +19,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 
 import ic_conv
+import search
 from ic_conv.checkpoint import pattern_of
 from ic_conv.models import rednet
 from ic_conv.models._rednet_keys import to_published
@@ -258,6 +259,17 @@ def test_pretrained_from_an_address_goes_through_mmengine(monkeypatch: pytest.Mo
     assert asked == ["torchvision://resnet18"] and torch.equal(net.conv1.weight, source.conv1.weight)
 
 
+def test_supernet_backbone_gives_pattern_and_weights(tmp_path: Path) -> None:
+    supernet = randomised(build("SuperResNet", kernel_size=5))
+    pattern = search.edo(supernet, [image()])
+    pattern.save(tmp_path / "found.json")
+    net = loaded(supernet.state_dict(), tmp_path / "super.pth", pattern=tmp_path / "found.json")
+    expected = ic_conv.apply_pattern(supernet, pattern)
+    assert any(len(layer.branches) > 1 for layer in pattern.layers)
+    for x, y in zip(net(image()), expected(image()), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_weights_once_trained_are_not_loaded_over(tmp_path: Path) -> None:
     net = loaded(build().state_dict(), tmp_path / "init.pth")
     nn.init.constant_(net.conv1.weight, 3.0)
@@ -353,6 +365,12 @@ def test_inherited_options_are_accepted() -> None:
             {},
             "can be read safely",
         ),
+        (
+            lambda: build("SuperResNet", kernel_size=5).state_dict(),
+            {"pattern": plain_pattern()},
+            "no layer to convert",
+        ),
+        (lambda: build("SuperResNet", kernel_size=5).state_dict(), {}, "size mismatch for layer1"),
         (lambda: [1, 2], {}, "must hold a dict of tensors"),
     ],
 )
