@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ EPILOG = """examples:
   python tools/search.py --dry-run                        what would be done, and how long it takes here
   torchrun --nproc_per_node 2 tools/search.py --launcher pytorch                several processes
 
-the result: WORK_DIR/ARCH_kKERNEL.json (the pattern), .meta.json (where it comes from), .png (a picture)
+the result: WORK_DIR/ARCH_kKERNEL.json (the pattern), .meta.json (where it comes from), .png (a picture),
+.html (the report, one file to read and pass on)
 """
 
 
@@ -237,8 +239,10 @@ def keep_freed_memory() -> None:
 
 def run(args: argparse.Namespace) -> None:
     from search.plan import describe, describe_cost, measure_cost
+    from search.report import record_run, report_run
     from search.run import prepare, search_pattern, write_results
 
+    started = time.monotonic()
     options = build_options(args)
     first = int(os.environ.get("RANK", 0)) == 0
     console = Console(quiet=not first, highlight=False, soft_wrap=True)
@@ -257,11 +261,20 @@ def run(args: argparse.Namespace) -> None:
     if not first:
         return
     picture = write_results(pattern, options.pattern_path)
+    log = Path(options.checkpoint).parent if options.checkpoint else options.train.work_dir
+    record = record_run(
+        pattern,
+        prepared.search,
+        log if options.finder.needs_supernet else None,
+        shlex.join(["python", *sys.argv]),
+        time.monotonic() - started,
+    )
+    report = report_run(pattern, record, options.pattern_path)
     console.print(f"\n{pattern.summary()}\n")
     if options.strategy == "pareto":
         console.print((options.front_path / "front.md").read_text(encoding="utf-8"), markup=False)
         console.print(f"front    {options.front_path}")
-    console.print(f"pattern  {options.pattern_path}\npicture  {picture}\n\nUse it:")
+    console.print(f"pattern  {options.pattern_path}\npicture  {picture}\nreport   {report}\n\nUse it:")
     if options.task_config is None:
         console.print(next_command(args.arch, options.pattern_path), markup=False)
     else:

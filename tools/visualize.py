@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Draws what a network's layers do on an image."""
+"""Draws what a network's layers do on an image, and what a search found."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 # Python puts this script's folder first, where search.py would pass for the package `search`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-EPILOG = """example:
+EPILOG = """examples:
   python tools/visualize.py involution --image photo.jpg --checkpoint rednet50.pth --stem-kernel-size 3 \\
       --output maps.png
+  python tools/visualize.py report work_dirs/ic_resnet50_k9
 """
 
 
@@ -46,6 +47,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--image-size", type=int, default=448, metavar="PX", help="short side of the image (default 448)"
     )
+
+    command = commands.add_parser(
+        "report", help="the HTML report of a search, made again from what the run left in its work folder"
+    )
+    command.set_defaults(run=make_report)
+    command.add_argument("place", type=Path, metavar="WORK_DIR", help="the folder, or one pattern file in it")
     return parser.parse_args(argv)
 
 
@@ -78,6 +85,13 @@ def draw_involution(args: argparse.Namespace) -> None:
     title = f"Sums of the kernels that {args.arch} generates ({weights})"
     draw_kernel_maps(image, maps, args.output, title, args.groups)
     print(args.output)
+
+
+def make_report(args: argparse.Namespace) -> None:
+    from search.report import remake_reports
+
+    for page in remake_reports(args.place):
+        print(page)
 
 
 if __name__ == "__main__":

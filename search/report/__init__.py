@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what a search found."""
+"""Pictures of what a search found, and the page that holds them."""
 
 from search.report.figure import draw_pattern
+from search.report.page import remake_reports, report_run, write_report
+from search.report.record import RunRecord, record_run
 
-__all__ = ["draw_pattern"]
+__all__ = [
+    "RunRecord",
+    "draw_pattern",
+    "record_run",
+    "remake_reports",
+    "report_run",
+    "write_report",
+]

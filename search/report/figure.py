@@ -41,8 +41,8 @@ def draw_pattern(pattern: DilationPattern, path: str | os.PathLike[str], title: 
     upper, lower = parts
     _draw_heat_maps(upper, pattern, rows)
     left, right = lower.subplots(1, 2)
-    _draw_mean_dilation(left, pattern)
-    _draw_receptive_field(right, pattern)
+    draw_mean_dilation(left, pattern)
+    draw_receptive_field(right, pattern)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -80,7 +80,7 @@ def _title(pattern: DilationPattern) -> str:
     return f"{arch}, kernel {pattern.kernel}: {len(pattern.layers)} layers"
 
 
-def _stages(pattern: DilationPattern) -> list[tuple[str, list[int]]]:
+def stages(pattern: DilationPattern) -> list[tuple[str, list[int]]]:
     """Name and layer indices of each stage."""
     names = [name or "" for name in pattern.names]
     stages = groupby(range(len(names)), key=lambda index: stage_of(names[index]))
@@ -91,7 +91,7 @@ def _rows(pattern: DilationPattern) -> list[tuple[str, list[int]]]:
     """Stages cut into rows of at most COLUMNS heat maps; only a stage's first row has its name."""
     return [
         (stage if start == 0 else "", indices[start : start + COLUMNS])
-        for stage, indices in _stages(pattern)
+        for stage, indices in stages(pattern)
         for start in range(0, len(indices), COLUMNS)
     ]
 
@@ -115,7 +115,7 @@ def _draw_heat_maps(figure: SubFigure, pattern: DilationPattern, rows: list[tupl
                 extent=(0.5, side + 0.5, side + 0.5, 0.5),
             )
             axis.set_title(
-                f"{_short(layer.name, indices[column])}: {layer.plain_share:.0%} plain", fontsize=7, pad=2
+                f"{short_name(layer.name, indices[column])}: {layer.plain_share:.0%} plain", fontsize=7, pad=2
             )
             axis.set_xticks([1, side])
             axis.set_yticks([1, side])
@@ -127,12 +127,13 @@ def _draw_heat_maps(figure: SubFigure, pattern: DilationPattern, rows: list[tupl
     bar.set_label("share of the layer's units; rows dy, columns dx", fontsize=8)
 
 
-def _short(name: str | None, index: int) -> str:
+def short_name(name: str | None, index: int) -> str:
     """``layer3.5.conv2`` within its stage's row: ``5.conv2``."""
     return str(index) if name is None else name.split(".", 1)[-1]
 
 
-def _draw_mean_dilation(axis: Axes, pattern: DilationPattern) -> None:
+def draw_mean_dilation(axis: Axes, pattern: DilationPattern) -> None:
+    """Mean dilation of each layer, vertically and horizontally."""
     means = np.array([layer.mean_dilation for layer in pattern.layers])
     position = np.arange(len(means))
     axis.plot(position, means[:, 0], "o-", color=BLUE, markersize=3.5, label="dy (vertical)")
@@ -140,10 +141,11 @@ def _draw_mean_dilation(axis: Axes, pattern: DilationPattern) -> None:
     axis.axhline(1, color=GREY, linewidth=1, linestyle="--", label="plain")
     axis.set_title("mean dilation of each layer", fontsize=10)
     axis.set_ylim(0.8, max(2.0, means.max() * 1.15))
-    _finish(axis, pattern)
+    finish_layers(axis, pattern)
 
 
-def _draw_receptive_field(axis: Axes, pattern: DilationPattern) -> None:
+def draw_receptive_field(axis: Axes, pattern: DilationPattern) -> None:
+    """Mean receptive field after each layer, against plain layers."""
     found, plain = receptive_field(pattern), receptive_field(pattern, plain=True)
     position = np.arange(len(found))
     axis.plot(position, found.mean(1), "o-", color=BLUE, markersize=3.5, label="this pattern")
@@ -161,16 +163,16 @@ def _draw_receptive_field(axis: Axes, pattern: DilationPattern) -> None:
         fontsize=9,
         color=BLUE,
     )
-    _finish(axis, pattern)
+    finish_layers(axis, pattern)
 
 
-def _finish(axis: Axes, pattern: DilationPattern) -> None:
+def finish_layers(axis: Axes, pattern: DilationPattern, legend: Any = "upper left") -> None:
     """Stage names below, thin lines between stages, legend."""
-    stages = _stages(pattern)
-    axis.set_xticks([np.mean(indices) for _, indices in stages], [stage for stage, _ in stages], fontsize=8)
+    parts = stages(pattern)
+    axis.set_xticks([np.mean(indices) for _, indices in parts], [stage for stage, _ in parts], fontsize=8)
     axis.tick_params(axis="x", length=0)
     axis.tick_params(axis="y", labelsize=8)
-    for _, indices in stages[1:]:
+    for _, indices in parts[1:]:
         axis.axvline(indices[0] - 0.5, color=GREY, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    axis.legend(fontsize=8, frameon=False, loc=legend)
