@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ic_conv.functional import involution2d
+from search.autocorrelation import SecondMoments, SecondSums
 from search.space import DilationSpace
 from search.supernet import SuperConv2d, SuperInvolution2d
 
@@ -55,12 +56,14 @@ class ConvMoments(LayerMoments):
         weight: (O, C / groups, K, K).
         mean, square: mean of the input, and of its square, under each tap, float64 (C, K, K).
         groups: of the convolution.
+        second: second moments, if collected.
     """
 
     weight: Tensor
     mean: Tensor
     square: Tensor
     groups: int = 1
+    second: SecondMoments | None = None
 
     def tap_means(self) -> Tensor:
         return self._weighted(self.mean, squared=False)
@@ -105,7 +108,7 @@ class LayerSums(ABC):
         inputs, outputs = channels
         self.name, self.space = name, space
         self.first = torch.zeros(inputs, space.kernel, space.kernel, dtype=torch.float64)
-        self.second = torch.zeros_like(self.first)
+        self.squares = torch.zeros_like(self.first)
         self.positions = self.batches = 0
         self.size = (0, 0)
         self.outputs = _Variance(outputs, 1) if residuals else None
@@ -144,9 +147,21 @@ class LayerSums(ABC):
 
 
 class ConvSums(LayerSums):
-    def __init__(self, name: str, layer: SuperConv2d, space: DilationSpace, residuals: bool) -> None:
+    """Besides, if `correlations` are asked for, second moments; about the means, if `centred`."""
+
+    def __init__(
+        self,
+        name: str,
+        layer: SuperConv2d,
+        space: DilationSpace,
+        residuals: bool,
+        correlations: bool = False,
+        centred: bool = True,
+    ) -> None:
         super().__init__(name, (layer.in_channels, layer.out_channels), space, residuals)
-        self.layer = layer
+        self.layer, self.centred = layer, centred
+        self.second = SecondSums(layer, space) if correlations else None
+        self.made = _Variance(layer.out_channels, 1)
 
     def attach(self) -> list[RemovableHandle]:
         return [self.layer.register_forward_hook(self)]
@@ -154,14 +169,26 @@ class ConvSums(LayerSums):
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         x = _wide(inputs[0])
         self.first += self._window_sums(x.sum(0), output).cpu()
-        self.second += self._window_sums(x.square().sum(0), output).cpu()
+        self.squares += self._window_sums(x.square().sum(0), output).cpu()
         self.add_residuals(output, self._candidates(x))
+        if self.second is not None:
+            self.made.add(output, 0)
+            self.second.add(x, _wide(output))
         self.count(x, output)
 
     def moments(self, image_size: tuple[int, int]) -> ConvMoments:
         common = self.common(image_size)
-        mean, square = self.first / self.positions, self.second / self.positions
-        return ConvMoments(*common, self.layer.weight, mean, square, self.layer.groups)
+        mean, square = self.first / self.positions, self.squares / self.positions
+        second = None if self.second is None else self._second_moments(self.second, mean)
+        return ConvMoments(*common, self.layer.weight, mean, square, self.layer.groups, second)
+
+    def _second_moments(self, sums: SecondSums, mean: Tensor) -> SecondMoments:
+        level, power = self.made.moments()[..., 0]
+        if self.centred:
+            power = power - level.square()
+        else:
+            mean, level = torch.zeros_like(mean), torch.zeros_like(level)
+        return sums.result(mean, level, power, self.positions)
 
     def _window_sums(self, total: Tensor, output: Tensor) -> Tensor:
         """Sum over output positions of the input under each tap: (C, H, W) -> (C, K, K).
@@ -213,14 +240,14 @@ class InvolutionSums(LayerSums):
                 window = padded[..., u : u + sy * rows : sy, v : v + sx * columns : sx][..., :rows, :columns]
                 added = (window * kernel[:, :, u, v].unsqueeze(2)).flatten(1, 2)
                 self.first[:, u, v] += added.sum((0, 2, 3)).double().cpu()
-                self.second[:, u, v] += added.square().sum((0, 2, 3)).double().cpu()
+                self.squares[:, u, v] += added.square().sum((0, 2, 3)).double().cpu()
         self.add_residuals(output, self._candidates(x, kernel))
         self.count(x, output)
         self.kernel = torch.zeros(0)
 
     def moments(self, image_size: tuple[int, int]) -> InvolutionMoments:
         common = self.common(image_size)
-        mean, square = (total.flatten(1) / self.positions for total in (self.first, self.second))
+        mean, square = (total.flatten(1) / self.positions for total in (self.first, self.squares))
         return InvolutionMoments(*common, mean, square)
 
     def _candidates(self, x: Tensor, kernel: Tensor) -> Iterable[Tensor]:
@@ -246,8 +273,12 @@ class _Variance:
         self.sums[1, :, column] += count * (variance.double() + mean.double().square()).cpu()
         self.count[column] += count
 
+    def moments(self) -> Tensor:
+        """Mean and mean square: (2, channels, columns)."""
+        return self.sums / torch.tensor(self.count, dtype=torch.float64)
+
     def result(self) -> Tensor:
-        mean, square = self.sums / torch.tensor(self.count, dtype=torch.float64)
+        mean, square = self.moments()
         return (square - mean.square()).clamp_min(0)
 
 

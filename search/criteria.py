@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from search.space import DilationSpace
-from search.statistics import LayerMoments
+from search.statistics import ConvMoments, LayerMoments
 
 Criterion = Callable[[LayerMoments, DilationSpace], Tensor]
 
@@ -48,8 +48,19 @@ def mse(moments: LayerMoments, space: DilationSpace) -> Tensor:
     return _relative(moments.residual, moments.variance)
 
 
+def refit(moments: LayerMoments, space: DilationSpace) -> Tensor:
+    """Like `mse`, after the candidate's weights were fitted to the supernet's output by least squares."""
+    second = moments.second if isinstance(moments, ConvMoments) else None
+    if second is None:
+        raise ValueError(
+            "the criterion refit needs second moments, that is convolutions, and correlations=True in collect"
+        )
+    left = torch.stack([second.fit(dilation).error for dilation in space.candidates], 1)
+    return _relative(left.double().cpu(), second.variance.double().cpu())
+
+
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
-    {"energy": energy, "expectation": expectation, "taps": taps, "mse": mse}
+    {"energy": energy, "expectation": expectation, "taps": taps, "mse": mse, "refit": refit}
 )
 DEFAULT_CRITERION = "energy"
 
@@ -68,6 +79,11 @@ def criterion(name: str) -> Criterion:
 def needs_residuals(name: str) -> bool:
     """Whether the criterion needs `collect(..., residuals=True)`."""
     return criterion(name) is mse
+
+
+def needs_correlations(name: str) -> bool:
+    """Whether the criterion needs `collect(..., correlations=True)`."""
+    return criterion(name) is refit
 
 
 def _share_left_out(amounts: Tensor, space: DilationSpace) -> Tensor:

@@ -76,7 +76,7 @@ def planted_recovery(seed: int, task: PlantedTask | None = None) -> tuple[dict[s
         supernet = convert_to_supernet(plain, task.kernel)
     reached = _fit(supernet, kernel, task, generator)
 
-    moments = collect(supernet, _batches(task, generator, 8), space, residuals=True)["0"]
+    moments = collect(supernet, _batches(task, generator, 8), space, residuals=True, correlations=True)["0"]
     found = {}
     for name, criterion in CRITERIA.items():
         errors = unit_errors(criterion(moments, space), task.out_channels)

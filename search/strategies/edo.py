@@ -12,10 +12,10 @@ from torch import nn
 from ic_conv.pattern import DilationPattern
 from search.assign import assign_argmin, assign_within, unit_errors
 from search.assignment import BranchLimits, UnitLimits
-from search.criteria import DEFAULT_CRITERION, criterion, needs_residuals
+from search.criteria import DEFAULT_CRITERION, criterion, needs_correlations, needs_residuals
 from search.statistics import LayerMoments, collect
 from search.strategies.base import SearchTask, Strategy
-from search.supernet import super_layers
+from search.supernet import SuperInvolution2d, super_layers
 
 
 class EDOStrategy(Strategy):
@@ -33,16 +33,26 @@ class EDOStrategy(Strategy):
     needs_supernet = True
 
     def __init__(self, criterion: str = DEFAULT_CRITERION, limits: BranchLimits | None = None) -> None:
-        self.residuals = needs_residuals(criterion)
+        self.residuals, self.correlations = needs_residuals(criterion), needs_correlations(criterion)
         self.criterion, self.limits = criterion, limits or BranchLimits()
 
     def check(self, task: SearchTask) -> None:
         self._unit_limits(task)
+        grown = {} if task.supernet is None or not self.correlations else super_layers(task.supernet)
+        for name, layer in grown.items():
+            if isinstance(layer, SuperInvolution2d):
+                raise ValueError(f"{name}: the criterion refit is for convolutions, this is an involution")
 
     def search(self, task: SearchTask) -> DilationPattern:
         if task.supernet is None:
             raise ValueError("the strategy edo needs a trained supernet, got none")
-        moments = collect(task.supernet, task.batches(), task.space, residuals=self.residuals)
+        moments = collect(
+            task.supernet,
+            task.batches(),
+            task.space,
+            residuals=self.residuals,
+            correlations=self.correlations,
+        )
         return self.from_moments(task, moments)
 
     def from_moments(self, task: SearchTask, moments: dict[str, LayerMoments]) -> DilationPattern:
@@ -55,7 +65,7 @@ class EDOStrategy(Strategy):
             if self.limits.free:
                 layer, total = assign_argmin(errors, task.space, name), errors.min(axis=1).sum()
             else:
-                layer, solution = assign_within(errors, task.space, limits[name], name)
+                layer, solution = assign_within(errors, task.space.candidates, limits[name], name)
                 total, gaps[name] = solution.total, round(solution.gap, 6)
             layers.append(layer)
             mean_errors[name] = round(float(total / units), 6)
@@ -101,7 +111,7 @@ def edo(
     Args:
         supernet: made by `convert_to_supernet`, then trained.
         batches: calibration data, for example a data loader; one pass is made.
-        criterion: ``energy``, ``expectation``, ``taps`` or ``mse``.
+        criterion: ``energy``, ``expectation``, ``taps``, ``mse`` or ``refit``.
 
     Example:
         >>> pattern = edo(supernet, calibration_loader)     # doctest: +SKIP

@@ -78,7 +78,7 @@ def test_criteria_equal_their_definitions(groups: int) -> None:
 def test_a_dead_channel_becomes_plain(name: str) -> None:
     supernet = convert_to_supernet(nn.Conv2d(2, 3, 3, padding=1, bias=False), 5)
     super_layers(supernet)[""].weight.data[1] = 0
-    moments = collect(supernet, [torch.rand(2, 2, 9, 9)], SPACE, residuals=True)[""]
+    moments = collect(supernet, [torch.rand(2, 2, 9, 9)], SPACE, residuals=True, correlations=True)[""]
     errors = criterion(name)(moments, SPACE)
     assert torch.equal(errors[1], torch.zeros(4, dtype=torch.float64))
     assert assign_argmin(unit_errors(errors, 3), SPACE).assignment[1] == (1, 1)
@@ -112,3 +112,4 @@ def test_planted_dilations_are_found() -> None:
     found, reached = planted_recovery(0, task)
     assert reached >= 0.99
     assert found["energy"] >= 0.95 > found["expectation"]
+    assert found["refit"] == 1
