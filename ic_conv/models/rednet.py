@@ -184,7 +184,7 @@ def rednet(
     if weights is None:
         return net if pattern is None else _with_pattern(net, pattern)
 
-    _fit_classifier(state, net, source)  # type: ignore[arg-type]
+    _fit_classifier(state, net, source)
     _check_windows(net, state, source)
     plain = not any(key.endswith((".branches", ".group_dilations")) for key in state)
     if plain:

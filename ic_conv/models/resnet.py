@@ -250,7 +250,7 @@ def _with_pattern(net: ResNet, pattern: DilationPattern) -> ResNet:
     return cast(ResNet, apply_pattern(net, pattern, inplace=True))
 
 
-def _fit_classifier(state: dict[str, Tensor], net: ResNet, source: str) -> None:
+def _fit_classifier(state: dict[str, Tensor], net: nn.Module, source: str) -> None:
     """Takes weights of a classifier that the network does not have out of the state dict."""
     own = {key: value for key, value in net.state_dict().items() if key.startswith("fc.")}
     if not own:
