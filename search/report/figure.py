@@ -166,7 +166,7 @@ def draw_receptive_field(axis: Axes, pattern: DilationPattern) -> None:
     finish_layers(axis, pattern)
 
 
-def finish_layers(axis: Axes, pattern: DilationPattern, legend: Any = "upper left") -> None:
+def finish_layers(axis: Axes, pattern: DilationPattern) -> None:
     """Stage names below, thin lines between stages, legend."""
     parts = stages(pattern)
     axis.set_xticks([np.mean(indices) for _, indices in parts], [stage for stage, _ in parts], fontsize=8)
@@ -175,4 +175,4 @@ def finish_layers(axis: Axes, pattern: DilationPattern, legend: Any = "upper lef
     for _, indices in parts[1:]:
         axis.axvline(indices[0] - 0.5, color=GREY, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc=legend)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")

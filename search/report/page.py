@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ic_conv._files import write_text
 from ic_conv.pattern import DilationPattern, LayerPattern
 from search.report import charts
 from search.report.effective import SHARE
-from search.report.figure import draw_mean_dilation, draw_receptive_field, receptive_field, short_name, stages
+from search.report.figure import receptive_field, short_name, stages
 from search.report.peers import compare_peers
 from search.report.record import RunRecord
 
@@ -116,8 +115,8 @@ def _context(pattern: DilationPattern, record: RunRecord, pattern_path: str) -> 
         "in_pixels": "layer_stride" in meta,
         "stages": [_stage(pattern, name, indices) for name, indices in stages(pattern)],
         "rows": _layer_rows(pattern),
-        "dilation_chart": charts.chart(partial(_without_title, draw_mean_dilation, pattern)),
-        "field_chart": charts.chart(partial(_without_title, draw_receptive_field, pattern)),
+        "dilation_chart": charts.chart(lambda axis: charts.draw_dilation(axis, pattern)),
+        "field_chart": charts.chart(lambda axis: charts.draw_theory(axis, pattern)),
         "fields": _fields(record),
         "share": SHARE,
         "peers": peers,
@@ -129,11 +128,6 @@ def _context(pattern: DilationPattern, record: RunRecord, pattern_path: str) -> 
         "quoted": repr,
         "shell": shlex.quote,
     }
-
-
-def _without_title(draw: Any, pattern: DilationPattern, axis: Any) -> None:
-    draw(axis, pattern)
-    axis.set_title("")  # the page says it
 
 
 def _pooled(layers: Sequence[LayerPattern]) -> dict[str, Any]:
@@ -205,7 +199,7 @@ def _fields(record: RunRecord) -> list[dict[str, Any]]:
         {
             "layer": layer,
             "parts": [
-                {"kind": kind, "extent": part["extent"], "picture": charts.gradient_picture(part["map"])}
+                {"kind": kind, "picture": charts.gradient_picture(part["map"]), **part}
                 for kind, part in pair.items()
             ],
             "ratio": _ratio(pair["found"]["extent"], pair["plain"]["extent"]),

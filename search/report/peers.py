@@ -47,7 +47,7 @@ def compare_peers(pattern: DilationPattern) -> list[Peer]:
     )
     plain = tuple(LayerPattern.plain(layer.units, layer.name) for layer in pattern.layers)
     others = {
-        "found, shuffled in each layer": pattern,
+        "found, shuffled": pattern,
         "plain": DilationPattern(plain, pattern.kernel, pattern.base_kernel),
         **{name: STRATEGIES[name]().search(task) for name in PEERS},
     }
