@@ -7,8 +7,8 @@ Dimension letters: N batch, C_in, C_out channels, G groups, H x W input size, Kh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from ic_conv.ops.checks import Pair
 Branches = Sequence[tuple[Pair, int]]
 
 
-@dataclass(frozen=True)
-class ICConv2dCall:
+class ICConv2dCall(NamedTuple):
     """Checked arguments of one inception convolution.
 
     Args:
@@ -84,7 +83,8 @@ def checked_call(
         # Here once for all backends and branches, as autocast does it for a plain convolution.
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    checks.same_device_and_dtype(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    if not _alike(x, weight) or (bias is not None and not _alike(x, bias)) or not x.is_floating_point():
+        checks.same_device_and_dtype(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     checks.odd_kernel((weight.shape[2], weight.shape[3]))
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the output channels; got {groups} and {weight.shape[0]}")
@@ -95,13 +95,26 @@ def checked_call(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have the shape ({weight.shape[0]},); got {tuple(bias.shape)}")
-    branches = tuple((tuple(dilation), count) for dilation, count in branches)  # type: ignore[misc]
+    # Symbols of compilers and tracers must not get into a cache.
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    check = _check_branches if watched else _check_branches_once
+    check(branches if isinstance(branches, tuple) else tuple(branches), weight.shape[0], groups)
+    stride = checks.as_pair(stride, "stride")
+    return ICConv2dCall(x, weight, bias, tuple(branches), stride, groups, relu, packs)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device
+
+
+def _check_branches(branches: Branches, channels: int, groups: int) -> None:
     for dilation, count in branches:
         if min(dilation) < 1 or count < 1:
             raise ValueError(f"dilations and counts must be positive; got {dilation} and {count}")
-    units = weight.shape[0] if groups == 1 else groups
+    units = channels if groups == 1 else groups
     if (total := sum(count for _, count in branches)) != units:
         kind = "output channels" if groups == 1 else "groups"
         raise ValueError(f"the branches' counts must sum to {units} {kind}; got {total}")
-    stride = checks.as_pair(stride, "stride")
-    return ICConv2dCall(x, weight, bias, branches, stride, groups, relu, packs)
+
+
+_check_branches_once = lru_cache(maxsize=1024)(_check_branches)

@@ -32,9 +32,10 @@ def ic_conv2d(call: ICConv2dCall, wanted: str | None = None) -> Tensor:
         if wanted != "split" and _is_watched():
             return split_ic_conv2d.ic_conv2d(call)
         return IC_CONV2D.choose(call, wanted).run(call)
-    shapes = call.x.shape[1], tuple(call.weight.shape), call.bias is not None
+    # Sizes may be symbols here, which only a condition makes known.
+    aligned = True if call.x.shape[1] % packed_ic_conv2d.LANES == 0 else False  # noqa: SIM210
     name = _choose_for_graph(
-        call.x.device, call.x.dtype, *shapes, call.branches, call.groups, call.needs_grad, wanted
+        call.x.device, call.x.dtype, aligned, call.branches, call.groups, call.relu, call.needs_grad, wanted
     )
     return split_ic_conv2d.ic_conv2d(call) if name == "split" else _run_operator(name, call)
 
@@ -50,27 +51,22 @@ def _is_watched() -> bool:
 def _choose_for_graph(
     device: torch.device,
     dtype: torch.dtype,
-    channels: int,
-    weight: tuple[int, ...],
-    bias: bool,
+    aligned: bool,
     branches: Branches,
     groups: int,
+    relu: bool,
     needs_grad: bool,
     wanted: str | None,
 ) -> str:
     """The backend's name. A compiler cannot trace probes and logging, so it runs this once, for one pixel."""
     if getattr(torch.compiler, "is_exporting", lambda: True)():
         return "split"
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    channels = groups * packed_ic_conv2d.LANES if aligned else groups
+    units = sum(count for _, count in branches)
+    x = torch.empty((1, channels, 1, 1), device=device, dtype=dtype)
+    weight = torch.empty((units, channels // groups, 1, 1), device=device, dtype=dtype)
     with torch.set_grad_enabled(needs_grad):
-        call = ICConv2dCall(
-            torch.empty((1, channels, 1, 1), **options),
-            torch.empty(weight, requires_grad=needs_grad, **options),
-            torch.empty(weight[:1], **options) if bias else None,
-            branches,
-            (1, 1),
-            groups,
-        )
+        call = ICConv2dCall(x, weight.requires_grad_(needs_grad), None, branches, (1, 1), groups, relu)
         return IC_CONV2D.choose(call, wanted).name
 
 

@@ -10,6 +10,7 @@ layers are brought into oneDNN's order once; others may change, so oneDNN orders
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 STEP = 16  # output channels of a register with AVX-512; a multiple of other registers' 4 and 8
 LEFT_OVER = 12  # more channels than this are a whole step: the kernel would take longer
+LARGE = 8e6  # multiply-adds per thread for which oneDNN, quicker once it runs, is worth its call
 LANES = 16  # input channels that the kernel reads at once
 SPAN = 48  # output pixels of one branch that a thread computes before it asks for more work
 
@@ -48,10 +50,16 @@ def _why_not(left_over: bool, call: ICConv2dCall | None) -> str | None:
         return "needs pixels, got an empty input"
     if not left_over:
         return None if call.packs is not None else "needs weights that do not change (ic_conv.fuse)"
-    if not _plan(call.branches, True)[1]:
-        return f"needs branches other than multiples of {STEP} channels"
+    if not _plan(call.branches, _work(call))[1]:
+        return "finds nothing that oneDNN does not do better"
     channels = call.x.shape[1]
     return f"needs input channels in multiples of {LANES}, got {channels}" if channels % LANES else None
+
+
+def _work(call: ICConv2dCall) -> float:
+    """Multiply-adds of one output channel for each thread."""
+    batch, _, rows, columns = call.out_shape
+    return batch * rows * columns * math.prod(call.weight.shape[1:]) / torch.get_num_threads()
 
 
 @lru_cache
@@ -86,7 +94,7 @@ def _openmp() -> Callable[..., None] | None:
 
 
 def _run(left_over: bool, call: ICConv2dCall) -> Tensor:
-    whole, rest = _plan(call.branches, left_over)
+    whole, rest = _plan(call.branches, _work(call) if left_over else None)
     x = call.x.contiguous(memory_format=torch.channels_last)
     y = torch.empty(call.out_shape, memory_format=torch.channels_last)
     for part in whole:
@@ -100,14 +108,16 @@ def _run(left_over: bool, call: ICConv2dCall) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _plan(branches: Branches, left_over: bool) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """The output channels that oneDNN computes, and those that are left over."""
+def _plan(branches: Branches, work: float | None) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """The output channels that oneDNN computes, and those left to the kernel: none if `work` is None."""
     whole: list[Part] = []
     rest: list[Part] = []
     start = 0
     for dilation, count in branches:
-        extra = count % STEP if left_over else 0
-        if extra > LEFT_OVER:
+        extra = 0 if work is None else count % STEP
+        if work is not None and count * work < LARGE and len(branches) > 1:
+            extra = count
+        elif extra > LEFT_OVER:
             extra = 0
         if count > extra:
             whole.append((start, count - extra, dilation))
@@ -125,18 +135,27 @@ def _convolution(call: ICConv2dCall, x: Tensor, part: Part) -> Tensor:
     if call.packs is None:
         return F.conv2d(x, weight, bias, call.stride, padding, dilation)
     options = list(padding), list(call.stride), list(dilation), 1
-    key = (call.weight.data_ptr(), call.weight._version, x.shape)
-    known, packed = call.packs.get(part, (None, None))
-    if known != key:
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *options, list(x.shape))
-        call.packs[part] = key, packed
+    order = partial(torch.ops.mkldnn._reorder_convolution_weight, weight, *options, list(x.shape))
+    packed = _kept(call, part, x.shape, order)
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *options, "none", [], "")
+
+
+def _kept(call: ICConv2dCall, name: Any, shape: Any, make: Callable[[], Tensor]) -> Tensor:
+    """What a frozen layer's `packs` hold under a name; made anew if the shape or the weight changed."""
+    if call.packs is None:
+        return make()
+    key = call.weight.data_ptr(), call.weight._version, shape
+    known, kept = call.packs.get(name, (None, None))
+    if known != key:
+        kept = make()
+        call.packs[name] = key, kept
+    return kept
 
 
 def _run_kernel(call: ICConv2dCall, x: Tensor, y: Tensor, rest: tuple[Part, ...]) -> None:
     from ic_conv.ops.backends import _numba_ic_conv2d
 
-    weight = call.weight.contiguous(memory_format=torch.channels_last)
+    weight = _kept(call, "last", None, partial(call.weight.contiguous, memory_format=torch.channels_last))
     zeros = x.new_zeros(x.shape[1])
     bias = None if call.bias is None else call.bias.contiguous()
     batch, channels, height, width = x.shape

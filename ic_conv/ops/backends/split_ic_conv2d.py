@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ic_conv.ops.checks import same_padding
 from ic_conv.ops.dispatch import Backend
 
 if TYPE_CHECKING:
@@ -20,13 +21,15 @@ def ic_conv2d(call: ICConv2dCall) -> Tensor:
     """y (N, C_out, Ho, Wo); autograd derives the gradients."""
     counts = [count for _, count in call.branches]
     columns, rows = call.weight.shape[1], call.weight.shape[0] // sum(counts)
-    grouped = call.groups > 1
+    grouped, kernel = call.groups > 1, call.kernel
     # A branch of a grouped convolution reads the input channels of its own groups only.
     inputs = _split(call.x, [n * columns for n in counts], 1) if grouped else [call.x] * len(counts)
     weights = _split(call.weight, [n * rows for n in counts])
     biases = [None] * len(counts) if call.bias is None else _split(call.bias, [n * rows for n in counts])
     parts = [
-        F.conv2d(x, weight, bias, call.stride, call.padding(dilation), dilation, count if grouped else 1)
+        F.conv2d(
+            x, weight, bias, call.stride, same_padding(kernel, dilation), dilation, count if grouped else 1
+        )
         for x, weight, bias, (dilation, count) in zip(inputs, weights, biases, call.branches, strict=True)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
