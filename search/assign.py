@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ic_conv.pattern import LayerPattern
+from ic_conv.pattern import Dilation, LayerPattern
 from search.assignment import Solution, UnitLimits, solve
 from search.space import DilationSpace
 
@@ -33,21 +35,26 @@ def assign_argmin(errors: NDArray[np.float64], space: DilationSpace, name: str |
 
 
 def assign_within(
-    errors: NDArray[np.float64], space: DilationSpace, limits: UnitLimits, name: str | None = None
+    errors: NDArray[np.float64],
+    candidates: Sequence[Dilation],
+    limits: UnitLimits,
+    name: str | None = None,
+    **search: float,
 ) -> tuple[LayerPattern, Solution]:
     """The assignment of least total error within the limits, and how near to the least it is proven to be.
 
     Args:
         errors: (units, candidates).
-        space: gives the candidates' dilations.
+        candidates: their dilations.
         limits: sizes and number of the layer's branches.
         name: the layer's name, carried into the pattern.
+        search: tolerance and effort of `search.assignment.solve`.
 
     Raises:
         ValueError: an error is not finite.
     """
-    solution = solve(_checked(errors, name), limits)
-    assignment = [space.candidates[index] for index in solution.candidate]
+    solution = solve(_checked(errors, name), limits, **search)
+    assignment = [candidates[index] for index in solution.candidate]
     return LayerPattern.from_assignment(assignment, name), solution
 
 

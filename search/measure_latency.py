@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -158,6 +159,25 @@ def measure_network(network: nn.Module, images: Tensor, rounds: int = 5) -> floa
         network(images)
         totals[-1] += clock()
     return 1000 * statistics.median(totals[2:])
+
+
+@dataclass(frozen=True)
+class MeasuredLatency:
+    """Measures a pattern on the supernet's device; the weights are the supernet's own, cropped.
+
+    Args:
+        supernet: made by `convert_to_supernet`.
+        batch_size, image_size: of the images, image_size in pixels.
+    """
+
+    supernet: nn.Module
+    batch_size: int = 1
+    image_size: int = 224
+
+    def __call__(self, pattern: DilationPattern) -> float:
+        device = next(self.supernet.parameters()).device
+        images = _images(self.batch_size, self.image_size, device)
+        return measure_network(with_pattern(self.supernet, pattern, device), images)
 
 
 def layer_units(network: nn.Module) -> dict[str, int]:

@@ -3,13 +3,17 @@
 
 from search.report.figure import draw_pattern
 from search.report.page import remake_reports, report_run, write_report
+from search.report.pareto import draw_front, front_table, write_front
 from search.report.record import RunRecord, record_run
 
 __all__ = [
     "RunRecord",
+    "draw_front",
     "draw_pattern",
+    "front_table",
     "record_run",
     "remake_reports",
     "report_run",
+    "write_front",
     "write_report",
 ]

@@ -9,20 +9,25 @@ from types import MappingProxyType
 from search.strategies.base import SearchTask, Strategy
 from search.strategies.edo import EDOStrategy, edo
 from search.strategies.hand import HandStrategy
+from search.strategies.pareto import FrontMember, ParetoOptions, ParetoStrategy, knee
 from search.strategies.random import RandomStrategy
 from search.strategies.uniform import UniformStrategy
 
 STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
-    {cls.name: cls for cls in (EDOStrategy, RandomStrategy, UniformStrategy, HandStrategy)}
+    {cls.name: cls for cls in (EDOStrategy, RandomStrategy, UniformStrategy, HandStrategy, ParetoStrategy)}
 )
 
 __all__ = [
     "STRATEGIES",
     "EDOStrategy",
+    "FrontMember",
     "HandStrategy",
+    "ParetoOptions",
+    "ParetoStrategy",
     "RandomStrategy",
     "SearchTask",
     "Strategy",
     "UniformStrategy",
     "edo",
+    "knee",
 ]

@@ -161,7 +161,7 @@ def test_moving_units_keeps_the_assignment_best() -> None:
 
 def test_free_limits_are_plain_argmin() -> None:
     errors, space = random_errors(40, 16), DilationSpace(9)
-    layer, solution = assign_within(errors, space, BranchLimits().of_layer(40, 40), "conv")
+    layer, solution = assign_within(errors, space.candidates, BranchLimits().of_layer(40, 40), "conv")
     assert layer == assign_argmin(errors, space, "conv") and solution.gap == 0
 
 

@@ -14,7 +14,17 @@ from torch import nn
 
 from ic_conv import DilationPattern
 from search import STRATEGIES, SearchTask, convert_to_supernet, edo
-from search.strategies import EDOStrategy, HandStrategy, UniformStrategy
+from search.latency import Kind, LatencyTable, Row
+from search.strategies import EDOStrategy, HandStrategy, ParetoOptions, UniformStrategy
+from search.study import StudyOptions
+
+KINDS = {"0": Kind(3, 40, 1, 1, 16, 16), "2": Kind(40, 32, 8, 1, 16, 16)}
+ROWS = [
+    Row(kind, tuple(((1, d + 1), units // count) for d in range(count)), float(count))
+    for kind, units in zip(KINDS.values(), (40, 8), strict=True)
+    for count in (1, 2, 4)
+]
+TABLE = LatencyTable("abacus", "small", 1, 1, 16, KINDS, 1.0, tuple(ROWS))
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("edo", {}),
@@ -22,6 +32,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("random", {}),
     ("uniform", {"dilation": (2, 3)}),
     ("hand", {}),
+    ("pareto", {"options": ParetoOptions(TABLE, study=StudyOptions(trials=8))}),
 ]
 
 
