@@ -20,11 +20,13 @@ EPILOG = """examples:
   python tools/benchmark.py involution --json involution.json    every layer size of RedNet-50
   python tools/benchmark.py involution --layers layer1 --backends reference numba
   python tools/benchmark.py backbones --channels-last            the published run time table, measured here
+  python tools/benchmark.py latency-table --output here.json     layer times of this device, for the search
+  python tools/benchmark.py ic-conv --pattern my/ic_resnet50_k9.json          what a pattern costs in time
 """
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from ic_conv.benchmark import backbones, involution
+    from ic_conv.benchmark import backbones, ic_conv, involution
     from ic_conv.ops.involution2d import INVOLUTION2D
 
     parser = argparse.ArgumentParser(
@@ -63,13 +65,52 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.set_defaults(run=run_backbones)
 
     command = commands.add_parser(
+        "ic-conv",
+        parents=[common],
+        help="IC-ResNets beside plain ones and the published form of their layers",
+    )
+    command.add_argument(
+        "--pattern",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="files named after their network, as ic_resnet50_k9.json (default: those of pattern_zoo, and the"
+        " published samples of ../shared/data/official_patterns where they are)",
+    )
+    command.add_argument(
+        "--batch-size", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default 1 8"
+    )
+    command.add_argument("--image-size", type=_positive, default=224, metavar="N", help="default 224")
+    command.add_argument(
+        "--passes", nargs="+", choices=ic_conv.PASSES, default=ic_conv.PASSES, help="default: both"
+    )
+    command.add_argument("--contiguous", action="store_true", help="memory layout; default: channels last")
+    command.set_defaults(run=run_ic_conv)
+
+    command = commands.add_parser(
         "search", parents=[common], help="statistics pass, criteria and assignment of the search"
     )
     command.set_defaults(run=run_search, rounds=3)
 
+    command = commands.add_parser(
+        "latency-table", parents=[common], help="layer times with random patterns, for tools/search.py"
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="the table, as JSON")
+    command.add_argument("--arch", default="ic_resnet50", help="as in tools/search.py (default ic_resnet50)")
+    command.add_argument("--kernel", type=int, default=9, metavar="K", help="of the supernet (default 9)")
+    command.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="default 1")
+    command.add_argument("--image-size", type=_positive, default=224, metavar="N", help="default 224")
+    command.add_argument(
+        "--patterns", type=_positive, default=40, metavar="N", help="random ones to measure (default 40)"
+    )
+    command.add_argument(
+        "--check", type=_positive, default=20, metavar="N", help="others to predict and measure (default 20)"
+    )
+    command.set_defaults(run=run_latency_table, rounds=5)
+
     args = parser.parse_args(argv)
     if not args.list and "run" not in args:
-        parser.error("one of --list, involution, backbones and search is needed")
+        parser.error("one of --list, involution, backbones, ic-conv and search is needed")
     return args
 
 
@@ -145,10 +186,65 @@ def run_backbones(args: argparse.Namespace, device: Any) -> tuple[str, list[dict
     return title, [row.as_dict() for row in rows]
 
 
+def run_ic_conv(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:
+    import torch
+    from rich.progress import track
+
+    from ic_conv.benchmark import ic_conv
+
+    root = Path(__file__).resolve().parents[1]
+    folders = (
+        (root.parent / "shared/data/official_patterns").glob("*.json"),
+        (root / "pattern_zoo").rglob("*.json"),
+    )
+    found = sorted(path for folder in folders for path in folder if not path.name.endswith(".meta.json"))
+    progress = track(args.pattern or found, "measuring", disable=not sys.stderr.isatty(), transient=True)
+    layout = torch.contiguous_format if args.contiguous else torch.channels_last
+    rows = ic_conv.benchmark(
+        progress, device, args.batch_size, args.passes, args.image_size, args.rounds, layout
+    )
+    name = "contiguous" if args.contiguous else "channels last"
+    return f"Inception convolutions, {args.image_size} x {args.image_size}, {name}", [
+        row.as_dict() for row in rows
+    ]
+
+
 def run_search(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:
     from search.benchmark import benchmark
 
     return "The search without the training", benchmark(device, args.rounds)
+
+
+def run_latency_table(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:
+    from itertools import islice
+
+    from rich.progress import track
+
+    from search.arch import build_network
+    from search.measure_latency import check_table, layer_units, measure_table, random_patterns
+    from search.space import DilationSpace
+
+    network, reach = build_network(args.arch), DilationSpace(args.kernel).max_dilation
+    tried = islice(random_patterns(layer_units(network), reach, seed=0), args.patterns)
+    others = islice(random_patterns(layer_units(network), reach, seed=1), args.check)
+
+    def shown(patterns: Any, what: str, count: int) -> Any:
+        return track(patterns, what, total=count, disable=not sys.stderr.isatty(), transient=True)
+
+    table = measure_table(
+        network,
+        shown(tried, "measuring", args.patterns),
+        device,
+        args.arch,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        rounds=args.rounds,
+    )
+    table.save(args.output)
+    rows = list(check_table(table, network, shown(others, "checking", args.check), device, args.rounds))
+    mean = sum(abs(row["error_percent"]) for row in rows) / len(rows)
+    title = f"{args.arch}, {args.batch_size} images of {args.image_size} px: mean error {mean:.1f} %"
+    return f"{title}, table in {args.output}", rows
 
 
 def describe_machine(device: Any) -> str:
