@@ -24,8 +24,9 @@ def explain(config: Mapping[str, Any], error: BaseException) -> str:
         if found:
             return f"{'.'.join([found[0], *rest])}: {match[2]}"
     key, part = _failed_part(config, error)
-    files = [(len(value), key) for key, value in _walk(part, key) if _is_path(value) and value in message]
-    key = max(files)[1] if files else key
+    quoted = [(value, key) for key, value in _walk(part, key) if _is_path(value) and value in message]
+    if quoted:  # of a folder and the file in it, the file
+        key = max(quoted, key=lambda entry: (message.rfind(entry[0]) + len(entry[0]), len(entry[0])))[1]
     return f"{key}: {message}" if key else message
 
 

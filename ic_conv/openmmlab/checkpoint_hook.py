@@ -39,8 +39,8 @@ register_backend("atomic", AtomicBackend, force=True)
 class AtomicCheckpointHook(CheckpointHook):
     """MMEngine's hook, but whatever fails half-way, the checkpoint before stays whole and in its place.
 
-    MMEngine writes in place, and before that removes the checkpoint that `max_keep_ckpts` or `save_best` retires.
-    Options are those of CheckpointHook; with `backend_args` of the user's own, MMEngine's order stands.
+    MMEngine writes in place, and removes what `max_keep_ckpts` or `save_best` retires before it writes.
+    Options are those of CheckpointHook; with `backend_args` of the user's own, files are that backend's.
 
     Example:
         >>> default_hooks = dict(checkpoint=dict(type="AtomicCheckpointHook", max_keep_ckpts=1))

@@ -158,7 +158,7 @@ def test(config: Config, out: str | None = None) -> dict[str, float]:
         runner = Runner.from_cfg(config)
         runner.register_hook(start, "HIGHEST")
         result = runner.test()
-    return result  # noqa: RET504 (mypy)
+    return result  # noqa: RET504 (mypy takes the block for one that may swallow errors)
 
 
 class _Start(Hook):

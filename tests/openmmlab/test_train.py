@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ic_conv.openmmlab.runner import ConfigError, load_config
 from tests.openmmlab.commands import ROOT, command
 from tests.openmmlab.generated import write_data
 
@@ -170,3 +173,89 @@ def test_trains_saves_resumes_and_is_tested(name: str, data: Path, tmp_path: Pat
     assert run("test", family.path, checkpoint, "--work-dir", results, "--cfg-options", *options) == 0
     metrics = json.loads(next(results.glob("*/*.json")).read_text())
     assert math.isfinite(metrics[family.metric])
+
+
+BAD = {
+    "depth": (
+        ["model.backbone.depth=51"],
+        r"model\.backbone\.depth: must be one of 18, 34, 50, 101, 152; got 51",
+    ),
+    "pattern file": (
+        ["model.backbone.pattern=missing/k9.json"],
+        r"model\.backbone\.pattern: no pattern file missing/k9\.json",
+    ),
+    "pattern of another architecture": (
+        ["model.backbone.pattern=pattern_zoo/scattered_digits/ic_resnet18_k9.json"],
+        r"model\.backbone\.pattern: .*ic_resnet18_k9\.json",
+    ),
+    "init file": (
+        ["model.backbone.init_cfg.checkpoint=missing/r50.pth"],
+        r"model\.backbone\.init_cfg.*missing/r50\.pth",
+    ),
+    "init keys": (
+        ["model.backbone.init_cfg.checkpoint={other}"],
+        r"model\.backbone\.init_cfg.*other\.pth: weights of another network: missing conv1\.weight",
+    ),
+    "annotations": (
+        ["train_dataloader.dataset.ann_file=annotations/missing.json"],
+        r"train_dataloader\.dataset\.ann_file: .*annotations/missing\.json",
+    ),
+    "type": (["model.neck.type=FPM"], r"model\.neck: FPM is not in the mmdet::model registry"),
+    "option": (["model.rpn_head.strids=3"], r"model\.rpn_head: .*unexpected keyword argument 'strids'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_configs_are_one_line_that_names_the_key(
+    kind: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, expected = BAD[kind]
+    other = tmp_path / "other.pth"
+    torch.save({"weight": torch.ones(1)}, other)
+    family = Family("mmdet", "detection/faster-rcnn_ic-r50-k9_fpn_1x_coco.py", "")
+    options = small(family, data) + [change.format(other=other) for change in changes]
+    if kind.startswith("init"):
+        options.remove("model.backbone.init_cfg=None")
+    assert run("train", family.path, "--work-dir", tmp_path / "run", "--cfg-options", *options) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: {expected}.*", last), last
+
+
+def test_missing_files_and_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = FAMILIES["faster-rcnn"].path
+    for arguments, words in (
+        (("train", "missing.py"), "the config must be a file, got missing.py"),
+        (("train", config, "--resume", "missing.pth"), "the checkpoint must be a file, got missing.pth"),
+        (("test", config, "missing.pth"), "the checkpoint must be a file, got missing.pth"),
+    ):
+        assert run(*arguments, "--work-dir", tmp_path) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: {words}"
+    monkeypatch.setattr("mmengine.config.config.is_installed", lambda name: name != "mmdet")
+    assert run("train", config) == 2
+    assert re.search(r"mmdet is not installed.*ic-conv\[openmmlab\]", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("text", "scope"),
+    [
+        ("model = dict(type='ImageClassifier')", "mmpretrain"),
+        ("model = dict(type='mmseg.EncoderDecoder')", "mmseg"),
+        ("model = dict(type='FasterRCNN')", "mmdet"),
+        ("model = dict(type='FasterRCNN')\ndefault_scope = 'mine'", "mine"),
+        ("model = dict(type='BottomupPoseEstimator')", "mmpose"),
+    ],
+)
+def test_scope_is_found_from_the_contents(text: str, scope: str, tmp_path: Path) -> None:
+    pytest.importorskip(scope if scope != "mine" else "mmengine")
+    config = tmp_path / "config.py"
+    config.write_text(text)
+    assert load_config(config).default_scope == scope
+
+
+def test_unknown_model(tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text("model = dict(type='Nobody')")
+    with pytest.raises(ConfigError, match=r"config\.py: model\.type: no installed library .* knows 'Nobody'"):
+        load_config(config)
