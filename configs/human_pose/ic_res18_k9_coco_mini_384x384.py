@@ -45,9 +45,9 @@ val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipe
 test_dataloader = val_dataloader
 
 train_cfg = dict(_delete_=True, by_epoch=False, max_iters=400, val_interval=100)
-optim_wrapper = dict(type="CpuBfloat16OptimWrapper")
 param_scheduler = [dict(type="CosineAnnealingLR", begin=50, end=400, by_epoch=False)]
 default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=100, max_keep_ckpts=1), logger=dict(interval=10)
 )
 log_processor = dict(by_epoch=False)
+randomness = dict(seed=0)

@@ -6,7 +6,6 @@ from ic_conv.openmmlab.pose.dataset import BottomupCocoDataset, BottomupCocoMetr
 from ic_conv.openmmlab.pose.grouping import group_by_tags
 from ic_conv.openmmlab.pose.head import TrainableAssociativeEmbeddingHead
 from ic_conv.openmmlab.pose.losses import VectorizedAssociativeEmbeddingLoss
-from ic_conv.openmmlab.pose.optim import CpuBfloat16OptimWrapper
 from ic_conv.openmmlab.pose.preprocessor import PyramidPreprocessor
 from ic_conv.openmmlab.pose.transforms import BottomupPyramid, PackBottomupInputs, UnannotatedMask
 
@@ -14,7 +13,6 @@ __all__ = [
     "BottomupCocoDataset",
     "BottomupCocoMetric",
     "BottomupPyramid",
-    "CpuBfloat16OptimWrapper",
     "PackBottomupInputs",
     "PyramidPreprocessor",
     "TrainableAssociativeEmbedding",
