@@ -67,5 +67,6 @@ test_pipeline = [
 train_dataloader = dict(batch_size=16, dataset=dict(type="BottomupCocoDataset", pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(type="BottomupCocoDataset", pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(_delete_=True, type="BottomupCocoMetric")
+# without ann_file: the annotations are the data set's
+val_evaluator = dict(_delete_=True, type="CocoMetric", nms_mode="none", score_mode="bbox")
 test_evaluator = val_evaluator

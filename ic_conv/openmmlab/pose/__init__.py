@@ -2,7 +2,7 @@
 """Bottom-up pose estimation by associative embedding, trained and tested on MMPose 1.x."""
 
 from ic_conv.openmmlab.pose.codec import TrainableAssociativeEmbedding
-from ic_conv.openmmlab.pose.dataset import BottomupCocoDataset, BottomupCocoMetric
+from ic_conv.openmmlab.pose.dataset import BottomupCocoDataset
 from ic_conv.openmmlab.pose.grouping import group_by_tags
 from ic_conv.openmmlab.pose.head import TrainableAssociativeEmbeddingHead
 from ic_conv.openmmlab.pose.losses import VectorizedAssociativeEmbeddingLoss
@@ -11,7 +11,6 @@ from ic_conv.openmmlab.pose.transforms import BottomupPyramid, PackBottomupInput
 
 __all__ = [
     "BottomupCocoDataset",
-    "BottomupCocoMetric",
     "BottomupPyramid",
     "PackBottomupInputs",
     "PyramidPreprocessor",

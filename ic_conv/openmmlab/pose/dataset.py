@@ -6,9 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmengine.registry import DATASETS, METRICS
+from mmengine.registry import DATASETS
 from mmpose.datasets.datasets import CocoDataset
-from mmpose.evaluation.metrics import CocoMetric
 
 
 @DATASETS.register_module()
@@ -40,20 +39,3 @@ class BottomupCocoDataset(CocoDataset):
             "COCO's images and annotations_trainval2017.zip (cocodataset.org) belong into "
             f"{self.data_root or 'the data_root of the config'}, or set dataset.data_root to where they are"
         )
-
-
-@METRICS.register_module()
-class BottomupCocoMetric(CocoMetric):
-    """COCO keypoint AP of people whom the network scores itself.
-
-    Without ann_file it takes the dataset's. Finding nobody, as early in a training, is AP 0 and no error.
-    """
-
-    def __init__(self, nms_mode: str = "none", score_mode: str = "bbox", **options: Any) -> None:
-        super().__init__(nms_mode=nms_mode, score_mode=score_mode, **options)
-
-    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        if self.format_only or any(len(prediction["keypoints"]) for prediction, _ in results):
-            return super().compute_metrics(results)
-        names = ("AP", "AP .5", "AP .75", "AP (M)", "AP (L)", "AR", "AR .5", "AR .75", "AR (M)", "AR (L)")
-        return dict.fromkeys(names, 0.0)

@@ -17,7 +17,6 @@ from mmpose.datasets.transforms import BottomupRandomAffine, BottomupResize, Gen
 
 from ic_conv.openmmlab.pose import (
     BottomupCocoDataset,
-    BottomupCocoMetric,
     BottomupPyramid,
     PackBottomupInputs,
     PyramidPreprocessor,
@@ -133,14 +132,3 @@ def test_what_the_head_needs_reaches_it(drawn: Path) -> None:
 def test_missing_files_are_named(drawn: Path, file: str, folder: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         BottomupCocoDataset(file, data_root=str(drawn), data_prefix={"img": folder})
-
-
-def test_finding_nobody_is_zero_and_no_error() -> None:
-    metric = BottomupCocoMetric()
-    nobody = {
-        "keypoints": np.zeros((0, 17, 2)),
-        "keypoint_scores": np.zeros((0, 17)),
-        "bbox_scores": np.zeros(0),
-    }
-    metric.results = [(nobody, {})]
-    assert metric.compute_metrics(metric.results)["AP"] == 0
