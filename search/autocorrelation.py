@@ -199,12 +199,10 @@ class SecondMoments:
         elif units is not None:
             values = target, copied, variance, matrix, level, mean
             target, copied, variance, matrix, level, mean = (value[units] for value in values)
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        strength = diagonal.mean(1) * ridge
+        strength = matrix.diagonal(dim1=1, dim2=2).mean(1) * ridge
         strength = torch.where(strength > 0, strength, 1.0)
-        diagonal += strength[:, None]
-        held = strength[:, None, None]
-        taps = torch.cholesky_solve(target + held * copied, torch.linalg.cholesky(matrix))
+        factor, held = _factor(matrix, strength)
+        taps = torch.cholesky_solve(target + held * copied, factor)
         # The residual's variance is V - 2 b v + v A v, and A v = b + r (w - v).
         error = variance - ((target - held * (copied - taps)) * taps).sum(1)
         rows = taps.mT.flatten(0, 1).unflatten(1, (-1, self.weight.shape[1])).mT
@@ -228,6 +226,22 @@ class SecondMoments:
     def _by_group(self, values: Tensor, dilation: Dilation) -> Tensor:
         """The taps of a dilated kernel, (O, c, K * K) -> (G, T * c, O / G)."""
         return values[:, :, self._columns(dilation)].mT.flatten(1).unflatten(0, (len(self.mean), -1)).mT
+
+
+def _factor(matrix: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of matrix + r I, which changes the matrix, and r (G, 1, 1).
+
+    r grows tenfold until the factor exists, for rounding may leave a nearly singular matrix indefinite.
+    """
+    while True:
+        matrix.diagonal(dim1=1, dim2=2).add_(strength[:, None])
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed.any():
+            return factor, strength[:, None, None]
+        if not matrix.isfinite().all():
+            raise ValueError("the statistics must be finite; does the supernet hold NaN weights?")
+        matrix.diagonal(dim1=1, dim2=2).sub_(strength[:, None])
+        strength = torch.where(failed > 0, 10 * strength, strength)
 
 
 class SecondSums:

@@ -11,7 +11,7 @@ import torch
 
 from ic_conv.benchmark.measure import measure
 from ic_conv.models import ic_resnet50, ic_resnet101
-from search.criteria import CRITERIA, needs_residuals
+from search.criteria import CRITERIA, needs_correlations, needs_residuals
 from search.statistics import collect
 from search.strategies import EDOStrategy, SearchTask
 from search.supernet import convert_to_supernet, space_of
@@ -50,11 +50,11 @@ def _criteria(rounds: int) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # mse has its errors already
+        # mse has its errors already; for refit see search.refit_cost
         work = {
             name: partial(EDOStrategy(name).from_moments, task, moments)
             for name in CRITERIA
-            if not needs_residuals(name)
+            if not needs_residuals(name) and not needs_correlations(name)
         }
         return _rows("ResNet-101 k13, criteria", work, torch.device("cpu"), rounds)
     finally:

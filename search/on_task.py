@@ -9,19 +9,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, set_random_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from ic_conv.openmmlab._backbone import read_checkpoint
 from ic_conv.openmmlab._blame import explain
 from ic_conv.openmmlab.runner import load_config
 from search.engine.checkpoint import load_weights
 from search.run import Prepared, SearchOptions
-from search.strategies import SearchTask
+from search.strategies import PlainTask, SearchTask
 from search.supernet import super_layers
 
 
@@ -43,23 +44,31 @@ def prepare_task(options: SearchOptions) -> Prepared:
         model = MODELS.build(config.model)
         batches = _Calibration(config, model, options)
     backbone = getattr(model, "backbone", model)
-    if not super_layers(backbone):
+    if not super_layers(backbone) and not options.finder.needs_plain:
         raise ValueError(
             f"{path}: model.backbone must be a supernet (type='SuperResNet'), got {type(backbone).__name__}"
         )
     load_weights(model, read_checkpoint(checkpoint), checkpoint)
-    search = replace(SearchTask.of(backbone, seed=options.train.seed), batches=lambda: batches)
+    seed = options.train.seed
+    if options.finder.needs_plain:
+        plain = PlainTask(model, backbone, batches.samples, _loss)
+        search = SearchTask.of_plain(plain, options.space, seed)
+    else:
+        search = SearchTask.of(backbone, seed=seed)
+    search = replace(search, batches=lambda: batches)
     options.finder.check(search)
     dataset = batches.loader.dataset
     origin = f"data: {type(dataset).__name__}, {len(dataset)} images\ntask: {path}"
     return Prepared(model, dataset, search, origin)
 
 
-def backbone_config(path: str | os.PathLike[str], pattern: Path) -> str:
-    """The supernet's config turned into that of the network with the found pattern."""
+def backbone_config(path: str | os.PathLike[str], pattern: Path, weights: Path | None = None) -> str:
+    """The supernet's config turned into that of the network with the found pattern, and weights if given."""
     backbone = dict(load_config(path).model.backbone)
     options = {key: value for key, value in backbone.items() if key not in ("type", "kernel_size")}
     arguments = {"_delete_": True, "type": "ICResNet", **options, "pattern": str(pattern)}
+    if weights is not None:
+        arguments["init_cfg"] = {"type": "Pretrained", "checkpoint": str(weights)}
     return f"dict({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
@@ -79,9 +88,18 @@ class _Calibration(Iterable[Tensor]):
         return self.batches
 
     def __iter__(self) -> Iterator[Tensor]:
-        set_random_seed(self.seed)  # crops and flips are drawn as in the training
-        for batch in islice(self.loader, self.batches):
+        for batch in self.samples():
             yield self.model.data_preprocessor(batch, False)["inputs"]
+
+    def samples(self) -> Iterator[Any]:
+        """Batches as the data loader gives them, with targets."""
+        set_random_seed(self.seed)  # crops and flips are drawn as in the training
+        yield from islice(self.loader, self.batches)
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    assert isinstance(model, BaseModel)
+    return model.parse_losses(model(**model.data_preprocessor(batch, True), mode="loss"))[0]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -25,12 +25,23 @@ from search.assignment import BranchLimits
 from search.criteria import DEFAULT_CRITERION
 from search.data import FolderImages, ScatteredDigits, build_loader
 from search.engine import TrainOptions, train
-from search.engine.checkpoint import STATE, load_weights
+from search.engine.checkpoint import FINAL, STATE, load_weights, write_checkpoint
 from search.engine.options import resolve_device
+from search.refit import INITS, Init, warm_start
 from search.report import draw_pattern
 from search.space import DilationSpace
 from search.statistics import images_of
-from search.strategies import STRATEGIES, EDOStrategy, ParetoOptions, ParetoStrategy, SearchTask, Strategy
+from search.strategies import (
+    STRATEGIES,
+    EDOStrategy,
+    GradientStrategy,
+    ParetoOptions,
+    ParetoStrategy,
+    PlainTask,
+    SearchTask,
+    Strategy,
+)
+from search.strategies.gradient import DEFAULT_SHARES
 from search.supernet import convert_to_supernet
 from search.tasks import Task, wrap
 
@@ -51,6 +62,9 @@ class SearchOptions:
         limits: sizes and number of a layer's branches, for the strategy edo.
         pareto: what the strategy pareto varies and optimises, and where its study lives.
         finetune_steps: training steps before each trial's validation score; 0: no score.
+        init: what the network with the pattern starts from: ``scratch`` (no weights are written), ``crop`` or
+            ``refit``, see `search.refit.warm_start`.
+        moved_shares: of the strategy gradient, as is `validation_steps`.
         data: ``digits``, or a folder with one folder of images per class.
         image_size: side of the images in pixels.
         calibration_images: images in the statistics pass.
@@ -73,6 +87,9 @@ class SearchOptions:
     limits: BranchLimits = field(default_factory=BranchLimits)
     pareto: ParetoOptions = field(default_factory=ParetoOptions)
     finetune_steps: int = 0
+    init: Init = "scratch"
+    moved_shares: tuple[float, ...] = DEFAULT_SHARES
+    validation_steps: int = 0
     data: str = DIGITS
     image_size: int = 96
     calibration_images: int = 512
@@ -96,6 +113,16 @@ class SearchOptions:
             finder = ParetoStrategy(replace(self.pareto, yardstick=self.criterion, identity=identity))
         elif self.finetune_steps or self.pareto != ParetoOptions():
             raise ValueError(f"options of a study are for the strategy pareto, got {self.strategy}")
+        if isinstance(finder, GradientStrategy):
+            finder = GradientStrategy(self.moved_shares, self.validation_steps)
+            if self.init == "crop":
+                raise ValueError(
+                    "crop copies taps of a supernet, the strategy gradient has none; init can be refit"
+                )
+        elif self.moved_shares != DEFAULT_SHARES or self.validation_steps:
+            raise ValueError(f"shares of moved channels are for the strategy gradient, got {self.strategy}")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
         object.__setattr__(self, "finder", finder)
         if self.calibration_images < 1:
             raise ValueError(f"calibration images must be at least 1, got {self.calibration_images}")
@@ -111,6 +138,17 @@ class SearchOptions:
         return self.output or Path(self.train.work_dir) / f"{self.name}.json"
 
     @property
+    def weights_path(self) -> Path:
+        """The state dict of the network with the pattern, written unless it starts from scratch."""
+        return self.pattern_path.with_suffix(".pt")
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are needed, of the supernet or the plain network, that no checkpoint gives."""
+        needed = self.finder.needs_supernet or self.finder.needs_plain or self.init != "scratch"
+        return needed and self.checkpoint is None
+
+    @property
     def front_path(self) -> Path:
         """The folder of the strategy pareto's patterns, figure and table."""
         return self.pattern_path.with_name(f"{self.pattern_path.stem}_front")
@@ -123,12 +161,12 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A supernet in its task, with the data to train and calibrate it.
+    """A supernet, or a plain network, in its task, with the data to train and calibrate it.
 
     Attributes:
         task: a Task, or the whole model of a task config.
         dataset: what it learns from.
-        search: the supernet, and its calibration data.
+        search: the supernet or plain network, and its calibration data.
         origin: data and task in words, a line each.
     """
 
@@ -156,12 +194,20 @@ def prepare(options: SearchOptions) -> Prepared:
     num_classes: int = dataset.num_classes
     torch.manual_seed(options.train.seed)
     network = build_network(options.arch, num_classes if folder else None)
-    supernet = convert_to_supernet(network, space.kernel, base_kernel=space.base_kernel, inplace=True)
-    if options.checkpoint is not None:
-        load_supernet(supernet, options.checkpoint)
-    task = wrap(supernet, num_classes, options.image_size)
     batches = _Calibration(dataset, options)
-    search = replace(SearchTask.of(supernet, seed=options.train.seed), batches=lambda: batches)
+    if options.finder.needs_plain:
+        task = wrap(network, num_classes, options.image_size)
+        if options.checkpoint is not None:
+            load_plain(task, options.checkpoint)
+        plain = PlainTask(task, network, batches.samples, _loss)
+        search = SearchTask.of_plain(plain, space, options.train.seed)
+    else:
+        supernet = convert_to_supernet(network, space.kernel, base_kernel=space.base_kernel, inplace=True)
+        if options.checkpoint is not None:
+            load_supernet(supernet, options.checkpoint)
+        task = wrap(supernet, num_classes, options.image_size)
+        search = SearchTask.of(supernet, seed=options.train.seed)
+    search = replace(search, batches=lambda: batches)
     options.finder.check(search)
     origin = (
         f"data: {options.data}, {options.image_size} px, {len(dataset)} images\n"
@@ -178,9 +224,8 @@ def _dataset(options: SearchOptions, split: str = "train") -> FolderImages | Sca
 
 
 def search_pattern(options: SearchOptions, prepared: Prepared) -> DilationPattern:
-    """Trains the supernet where the strategy needs one, and returns the pattern with its provenance."""
-    trained = options.finder.needs_supernet and options.checkpoint is None
-    if trained:
+    """Trains the network where the strategy needs it, and returns the pattern with its provenance."""
+    if trained := options.trains:
         assert isinstance(prepared.task, Task)  # the model of a task config comes with a checkpoint
         train(prepared.task, prepared.dataset, options.train)
     prepared.task.to(resolve_device(options.train.device))
@@ -215,6 +260,47 @@ def write_results(pattern: DilationPattern, path: Path) -> Path:
     return picture
 
 
+def write_weights(options: SearchOptions, prepared: Prepared, pattern: DilationPattern) -> Path:
+    """Writes a state dict of the network with the pattern, which starts from the trained one; changes that.
+
+    Returns:
+        The file. `ic_resnet50(pattern_path=..., weights=...)` and a Pretrained init_cfg take it.
+    """
+    source, space = prepared.search.supernet, prepared.search.space
+    if prepared.search.plain is not None:
+        source = convert_to_supernet(
+            prepared.search.plain.network, space.kernel, base_kernel=space.base_kernel, init="inflate"
+        )
+    assert source is not None
+    network = warm_start(source, pattern, prepared.search.batches, init=options.init, inplace=True)
+    meta = {"init": options.init, "pattern": options.pattern_path.name}
+    write_checkpoint(options.weights_path, {"state_dict": network.state_dict(), "meta": meta})
+    return options.weights_path
+
+
+def load_plain(task: Task, path: str | os.PathLike[str]) -> None:
+    """Loads a checkpoint of a plain network: of `search.engine`, or the state dict of one with its own head.
+
+    Raises:
+        ValueError: the file cannot be read, belongs to another network, or lacks the head.
+    """
+    weights, source = read_weights(path)
+    if any(key.startswith("network.") for key in weights):
+        load_weights(task, weights, source)
+        return
+    load_weights(task.network, weights, source)
+    if len(task.state_dict()) > len(weights):
+        raise ValueError(
+            f"{source} holds a network without the head that it was trained with, so that there is no loss; "
+            f"give the {FINAL} of a training, or no checkpoint"
+        )
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) for key, value in batch.items()}, mode="loss")["loss"]
+
+
 def load_supernet(supernet: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads a checkpoint of `search.engine`, or a plain state dict of the supernet.
 
@@ -239,9 +325,13 @@ class _Calibration(Iterable[Tensor]):
         return -(-images // self._batch_size())
 
     def __iter__(self) -> Iterator[Tensor]:
+        return map(images_of, self.samples())
+
+    def samples(self) -> Iterator[Any]:
+        """Whole batches, labels included."""
         batch_size = self._batch_size()
         loader = build_loader(self.dataset, batch_size, seed=self.options.train.seed, sampler=self._spread())
-        return (images_of(batch) for batch in islice(loader, len(self)))
+        return islice(loader, len(self))
 
     def _batch_size(self) -> int:
         return self.options.train.batch_size or 8
@@ -263,7 +353,11 @@ def _provenance(options: SearchOptions, prepared: Prepared, trained: bool) -> di
     }
     if options.task_config is None:
         meta["image_size"] = options.image_size
-    if prepared.search.supernet is not None and options.finder.needs_supernet:
+    if options.init != "scratch":
+        meta["init"] = options.init
+    plain = prepared.search.plain
+    network, kind = (prepared.search.supernet, "supernet") if plain is None else (plain.network, "plain")
+    if network is not None and (options.trains or options.finder.needs_supernet or plain):
         config = options.train.read_config()
         meta["calibration_images"] = options.calibration_images
         meta["training"] = (
@@ -271,7 +365,7 @@ def _provenance(options: SearchOptions, prepared: Prepared, trained: bool) -> di
             if trained
             else {"checkpoint": Path(str(options.checkpoint)).name}
         )
-        meta["supernet_sha256"] = weights_hash(prepared.search.supernet)
+        meta[f"{kind}_sha256"] = weights_hash(network)
     return meta
 
 
@@ -296,12 +390,7 @@ def _check_output(options: SearchOptions) -> None:
     if path.suffix != ".json":
         raise ValueError(f"a pattern file's name must end in .json, got {path}")
     state = Path(options.train.work_dir) / STATE
-    if (
-        state.exists()
-        and not options.train.resume
-        and options.finder.needs_supernet
-        and not options.checkpoint
-    ):
+    if state.exists() and not options.train.resume and options.trains:
         raise ValueError(
             f"{state} is an unfinished training: go on with --resume, or choose another --work-dir"
         )

@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 EPILOG = """examples:
   python tools/compare.py digits                  every method, 3 seeds, equal steps; resumes when run again
   python tools/compare.py digits --steps 20 --seeds 1 --work-dir work_dirs/try      a quick look
+  python tools/compare.py oneshot                 scores without retraining: taps copied, and refitted
   python tools/compare.py planted                 share of planted dilations that each criterion finds
 """
 
@@ -34,7 +35,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     digits.add_argument("--work-dir", type=Path, default=Path("work_dirs/compare"), help="finished runs")
     planted = commands.add_parser("planted", help="one layer with known dilations")
     planted.add_argument("--seeds", type=int, default=5, help="planted layers (default 5)")
-    for command in (digits, planted):
+    oneshot = commands.add_parser("oneshot", help="scores right after the search, from finished supernets")
+    oneshot.add_argument("--seeds", type=int, default=3, help="supernets (default 3)")
+    oneshot.add_argument(
+        "--work-dir", type=Path, default=Path("work_dirs/compare"), help="where `digits` left its supernets"
+    )
+    oneshot.add_argument(
+        "--calibration-images", type=int, default=512, metavar="N", help="images of the fit (default 512)"
+    )
+    for command in (digits, oneshot, planted):
         command.add_argument("--output", type=Path, help="write the table to this file too")
     return parser.parse_args(argv)
 
@@ -42,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        text = _digits(args) if args.command == "digits" else _planted(args)
+        text = {"digits": _digits, "oneshot": _oneshot, "planted": _planted}[args.command](args)
         if args.output:
             from ic_conv._files import write_text
 
@@ -87,6 +96,19 @@ def _digits(args: argparse.Namespace) -> str:
             progress.console.print(f"{name}, seed {seed}: mAP {result['mAP']:.1f}")
             progress.advance(bar)
     return table({name: [runs[seed] for seed in sorted(runs)] for name, runs in results.items()})
+
+
+def _oneshot(args: argparse.Namespace) -> str:
+    from search.compare import table
+    from search.one_shot import one_shot_scores
+
+    results: dict[str, list[dict[str, float]]] = {}
+    with _progress() as progress:
+        for seed in progress.track(range(args.seeds), description="supernets"):
+            for name, score in one_shot_scores(args.work_dir, seed, args.calibration_images):
+                results.setdefault(name, []).append(score)
+                progress.console.print(f"{name}, seed {seed}: mAP {score['mAP']:.1f}")
+    return table(results)
 
 
 def _planted(args: argparse.Namespace) -> str:

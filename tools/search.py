@@ -39,8 +39,10 @@ EPILOG = """examples:
   python tools/search.py --target cpu                     branch sizes that run as fast as a plain convolution
   python tools/search.py --config TASK.py --checkpoint epoch_12.pth     a detector's or pose estimator's own
                                                           supernet (type='SuperResNet'), on its own data
-  python tools/search.py --strategy pareto --latency-table here.json --n-jobs 2       many patterns: the front of
-                                                          error and latency, in WORK_DIR/ARCH_kKERNEL_front
+  python tools/search.py --strategy pareto --latency-table here.json --n-jobs 2       many patterns: the front
+                                                          of error and latency, WORK_DIR/ARCH_kKERNEL_front
+  python tools/search.py --init refit                     write weights for the found network, ready to train
+  python tools/search.py --strategy gradient --checkpoint plain/final.pt      from a plain network alone
   python tools/search.py --strategy random --seed 1       a control, found without a supernet
   python tools/search.py --dry-run                        what would be done, and how long it takes here
   torchrun --nproc_per_node 2 tools/search.py --launcher pytorch                several processes
@@ -117,7 +119,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     training = parser.add_argument_group("training of the supernet")
     training.add_argument(
-        "--checkpoint", metavar="FILE", help="weights of a trained supernet: skip the training"
+        "--checkpoint",
+        metavar="FILE",
+        help="weights of a trained supernet (strategy gradient: plain network): skip the training",
     )
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 160)")
@@ -193,7 +197,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="third objective: the validation score after so many training steps (default 0: none)",
     )
+    moves = parser.add_argument_group("strategy gradient (needs a trained plain network, no supernet)")
+    moves.add_argument(
+        "--moved-share",
+        type=float,
+        nargs="+",
+        default=[0.5],
+        metavar="S",
+        help="share of the channels that move to another dilation, one for all or one for each stage "
+        "(default 0.5)",
+    )
+    moves.add_argument(
+        "--validation-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="choose the shares instead: by the loss after so many training steps (default 0: no choice)",
+    )
     output = parser.add_argument_group("run and output")
+    output.add_argument(
+        "--init",
+        default="scratch",
+        metavar="HOW",
+        help="what the found network starts from: scratch, or weights that are written beside the pattern, "
+        "crop (the supernet's taps copied) or refit (fitted to its output; best) (default scratch)",
+    )
     output.add_argument(
         "--work-dir", metavar="DIR", help="checkpoints and log (default work_dirs/ARCH_kKERNEL)"
     )
@@ -240,7 +268,7 @@ def keep_freed_memory() -> None:
 def run(args: argparse.Namespace) -> None:
     from search.plan import describe, describe_cost, measure_cost
     from search.report import record_run, report_run
-    from search.run import prepare, search_pattern, write_results
+    from search.run import prepare, search_pattern, write_results, write_weights
 
     started = time.monotonic()
     options = build_options(args)
@@ -248,16 +276,17 @@ def run(args: argparse.Namespace) -> None:
     console = Console(quiet=not first, highlight=False, soft_wrap=True)
     prepared = prepare(options)
     console.print(describe(options, prepared))
-    trains = options.finder.needs_supernet and options.checkpoint is None
     if args.dry_run:
-        console.print(describe_cost(options, measure_cost(options, prepared)) if trains else "no training")
+        cost = describe_cost(options, measure_cost(options, prepared)) if options.trains else "no training"
+        console.print(cost)
         return
     batches = prepared.search.batches()
 
     def shown() -> object:
         return track(batches, "calibrating", total=len(batches), console=console, transient=True)  # type: ignore[arg-type]
 
-    pattern = search_pattern(options, replace(prepared, search=replace(prepared.search, batches=shown)))  # type: ignore[arg-type]
+    prepared = replace(prepared, search=replace(prepared.search, batches=shown))  # type: ignore[arg-type]
+    pattern = search_pattern(options, prepared)
     if not first:
         return
     picture = write_results(pattern, options.pattern_path)
@@ -265,7 +294,7 @@ def run(args: argparse.Namespace) -> None:
     record = record_run(
         pattern,
         prepared.search,
-        log if options.finder.needs_supernet else None,
+        log if options.trains or options.finder.needs_supernet else None,
         shlex.join(["python", *sys.argv]),
         time.monotonic() - started,
     )
@@ -274,21 +303,27 @@ def run(args: argparse.Namespace) -> None:
     if options.strategy == "pareto":
         console.print((options.front_path / "front.md").read_text(encoding="utf-8"), markup=False)
         console.print(f"front    {options.front_path}")
-    console.print(f"pattern  {options.pattern_path}\npicture  {picture}\nreport   {report}\n\nUse it:")
+    console.print(f"pattern  {options.pattern_path}\npicture  {picture}\nreport   {report}")
+    weights = None
+    if options.init != "scratch":
+        weights = write_weights(options, prepared, pattern)
+        console.print(f"weights  {weights}")
+    console.print("\nUse it:")
     if options.task_config is None:
-        console.print(next_command(args.arch, options.pattern_path), markup=False)
+        console.print(next_command(args.arch, options.pattern_path, weights), markup=False)
     else:
         from search.on_task import backbone_config
 
         console.print(
-            f"  backbone={backbone_config(options.task_config, options.pattern_path)}", markup=False
+            f"  backbone={backbone_config(options.task_config, options.pattern_path, weights)}", markup=False
         )
 
 
-def next_command(arch: str, path: Path) -> str:
-    """The command to type next: the network with its pattern."""
+def next_command(arch: str, path: Path, weights: Path | None = None) -> str:
+    """The command to type next: the network with its pattern, and with its weights if there are some."""
     if ":" not in arch:
-        code = f"from ic_conv import {arch}; print({arch}(pattern_path={str(path)!r}))"
+        more = "" if weights is None else f", weights={str(weights)!r}"
+        code = f"from ic_conv import {arch}; print({arch}(pattern_path={str(path)!r}{more}))"
     else:
         module, _, factory = arch.partition(":")
         code = (
@@ -306,7 +341,11 @@ def pareto_options(args: argparse.Namespace) -> dict[str, Any]:
     from search.engine.options import resolve_device
     from search.latency import LatencyTable, device_name
     from search.strategies import ParetoOptions
-    from search.study import StudyOptions
+
+    try:
+        from search.study import StudyOptions
+    except ImportError as error:
+        raise ValueError(f"--strategy pareto needs Optuna, pip install -e '.[pareto]': {error}") from error
 
     stem = file_stem(args.arch, args.kernel)
     work_dir = Path(args.work_dir or Path("work_dirs") / stem)
@@ -408,6 +447,9 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
         task_config=task_config,
         output=args.output,
         skip_bad=args.skip_bad,
+        init=args.init,
+        moved_shares=tuple(args.moved_share),
+        validation_steps=args.validation_steps,
     )
 
 

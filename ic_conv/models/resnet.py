@@ -262,6 +262,9 @@ def _fit_classifier(state: dict[str, Tensor], net: nn.Module, source: str) -> No
             *(source, len(state["fc.weight"]), len(own["fc.weight"])),
         )
         state.update(own)
+    elif not own.keys() & state.keys():  # a feature network's, as the search command writes it
+        logger.warning("%s: holds no classifier, the new one is untrained", source)
+        state.update(own)
 
 
 def ic_resnet18(pattern_path: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:

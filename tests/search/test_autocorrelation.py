@@ -146,3 +146,16 @@ def test_memory_does_not_grow_with_the_number_of_batches() -> None:
 
     peak(2)
     assert peak(24) < peak(4) + 16 * 2**20
+
+
+def test_rounding_that_breaks_definiteness_is_met_by_a_stronger_ridge() -> None:
+    """Large means beside small variances, in single precision."""
+    layer, space = layer_of(1, 1, 9, bias=True).float(), DilationSpace(9)
+    x = 100 + 0.01 * torch.randn(8, 4, 12, 12)
+    moments = moments_of(layer, [x], space, centred=True)
+    fits = [moments.fit(dilation) for dilation in space.candidates]
+    assert any(torch.linalg.cholesky_ex(moments.normal_matrix(d))[1].any() for d in space.candidates)
+    assert all(fit.taps.isfinite().all() and fit.error.isfinite().all() for fit in fits)
+    moments.inputs.fill_(float("nan"))
+    with pytest.raises(ValueError, match="statistics must be finite"):
+        moments.fit((1, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from ic_conv import DilationPattern
 from search import STRATEGIES, SearchTask, convert_to_supernet, edo
 from search.latency import Kind, LatencyTable, Row
-from search.strategies import EDOStrategy, HandStrategy, ParetoOptions, UniformStrategy
+from search.strategies import EDOStrategy, HandStrategy, ParetoOptions, PlainTask, UniformStrategy
 from search.study import StudyOptions
 
 KINDS = {"0": Kind(3, 40, 1, 1, 16, 16), "2": Kind(40, 32, 8, 1, 16, 16)}
@@ -33,6 +34,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("uniform", {"dilation": (2, 3)}),
     ("hand", {}),
     ("pareto", {"options": ParetoOptions(TABLE, study=StudyOptions(trials=8))}),
+    ("edo", {"criterion": "refit"}),
+    ("gradient", {}),
+    ("gradient", {"validation_steps": 1}),
 ]
 
 
@@ -40,7 +44,12 @@ def small_task(seed: int = 0, data_seed: int = 0) -> SearchTask:
     torch.manual_seed(data_seed)
     layers = nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 32, 3, padding=1, groups=8)
     supernet = convert_to_supernet(nn.Sequential(*layers), 9)
-    return SearchTask.of(supernet, [torch.randn(2, 3, 16, 16)], seed)
+    plain = nn.Sequential(*layers)
+    samples = [torch.randn(2, 3, 16, 16) for _ in range(4)]
+    task = SearchTask.of(supernet, [torch.randn(2, 3, 16, 16)], seed)
+    return replace(
+        task, plain=PlainTask(plain, plain, lambda: samples, lambda net, x: net(x).square().mean())
+    )
 
 
 def test_every_strategy_is_tested() -> None:

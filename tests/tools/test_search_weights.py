@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search command's warm starts, and its search without a supernet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ic_conv import DilationPattern, apply_pattern
+from ic_conv.checkpoint import read_weights
+
+ROOT = Path(__file__).parents[2]
+
+# A network of the user's own, in a module that only the working folder knows.
+MODULE = """
+from torch import nn
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
+                         nn.Conv2d(16, 16, 3, 1, 1, groups=4))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mynet.py").write_text(MODULE)
+    return tmp_path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "search.py"), "--arch", "mynet:tiny", *map(str, arguments)]
+
+
+def search(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = command("--steps", 3, "--calibration-images", 32, "--workers", 0, "--work-dir", "run", *arguments)
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def tiny(folder: Path) -> nn.Module:
+    scope: dict[str, Any] = {}
+    exec((folder / "mynet.py").read_text(), scope)
+    return scope["tiny"]()  # type: ignore[no-any-return]
+
+
+def test_refit_writes_weights_that_the_network_with_the_pattern_takes(folder: Path) -> None:
+    done = search(folder, "--init", "refit", "--criterion", "refit")
+    assert done.returncode == 0, done.stderr
+    pattern = DilationPattern.load(folder / "run/tiny_k9.json")
+    assert pattern.meta["init"] == "refit" and pattern.meta["criterion"] == "refit"
+    assert "weights  run/tiny_k9.pt" in done.stdout
+    network = apply_pattern(tiny(folder), pattern)
+    network.load_state_dict(read_weights(folder / "run/tiny_k9.pt")[0])
+    again = search(folder, "--init", "crop", "--checkpoint", "run/final.pt", "--output", "crop/p.json")
+    assert again.returncode == 0, again.stderr
+    refitted, cropped = (read_weights(folder / name)[0] for name in ("run/tiny_k9.pt", "crop/p.pt"))
+    assert any(not torch.equal(refitted[name], cropped[name]) for name in cropped if name in refitted)
+
+
+def test_a_strategy_without_supernet_trains_one_for_the_weights(folder: Path) -> None:
+    done = search(folder, "--strategy", "random", "--init", "refit")
+    assert done.returncode == 0 and "step 3/3" in done.stdout, done.stderr
+    assert (folder / "run/tiny_k9.pt").exists()
+    assert "supernet_sha256" in DilationPattern.load(folder / "run/tiny_k9.json").meta
+
+
+def test_two_processes_write_what_one_writes(folder: Path) -> None:
+    assert search(folder).returncode == 0
+    options = ["--calibration-images", "48", "--checkpoint", "run/final.pt"]
+    options += ["--criterion", "refit", "--init", "refit"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [*command(*options, "--output", "one/p.json")]
+    two = [*torchrun, *command(*options, "--output", "two/p.json", "--launcher", "pytorch")[1:]]
+    for line in (one, two):
+        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for name in ("p.json", "p.meta.json"):
+        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
+    states = [read_weights(folder / run / "p.pt")[0] for run in ("one", "two")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_gradient_starts_from_a_plain_network(folder: Path) -> None:
+    done = search(folder, "--strategy", "gradient", "--moved-share", "0.25", "--init", "refit")
+    assert done.returncode == 0 and "step 3/3" in done.stdout, done.stderr
+    pattern = DilationPattern.load(folder / "run/tiny_k9.json")
+    assert [layer.plain_share for layer in pattern.layers] == [0.75] * 3
+    assert pattern.meta["moved_shares"] == [0.25, 0.25] and "plain_sha256" in pattern.meta
+    network = apply_pattern(tiny(folder), pattern)
+    network.load_state_dict(read_weights(folder / "run/tiny_k9.pt")[0])
+    done = search(folder, "--strategy", "gradient", "--checkpoint", "run/final.pt", "--output", "b/p.json",
+                  "--validation-steps", 1)  # fmt: skip
+    assert done.returncode == 0 and "step" not in done.stdout, done.stderr
+    assert len(DilationPattern.load(folder / "b/p.json").meta["validation_loss"]) >= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--init", "best"), "init must be one of scratch, crop, refit; got 'best'"),
+        (("--strategy", "gradient", "--init", "crop"), "the strategy gradient has none"),
+        (("--moved-share", "0.3"), "shares of moved channels are for the strategy gradient, got edo"),
+        (("--strategy", "gradient", "--moved-share", "2"), "must lie between 0 and 1, got [2.0]"),
+        (("--strategy", "gradient", "--checkpoint", "bare.pt"), "bare.pt holds a network without the head"),
+        (("--checkpoint", "bare.pt"), "must fit the network, bare.pt: 0.weight is (8, 3, 3, 3) in the file"),
+    ],
+)
+def test_bad_requests_end_with_one_line(options: tuple[str, ...], message: str, folder: Path) -> None:
+    torch.save(tiny(folder).state_dict(), folder / "bare.pt")
+    done = search(folder, *options)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
