@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def train(folder: Path, epochs: int, **options: Any) -> Runner:
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
         default_hooks={"checkpoint": hook},
         resume=True,
+        experiment_name=uuid.uuid4().hex,  # MMEngine keeps what a run knows under its name
         log_level="ERROR",
     )
     runner.train()

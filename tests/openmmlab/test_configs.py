@@ -50,7 +50,7 @@ def test_builds_and_predicts(name: str) -> None:
 
 
 def published_schedule(config: Config) -> dict[str, Any]:
-    """What published.md of the configs says about training."""
+    """Peak learning rate, warm-up (iterations, or epochs of a classifier), clipping and length."""
     warmup = config.param_scheduler[0]
     return {
         "lr": config.optim_wrapper.optimizer.lr,
@@ -80,8 +80,8 @@ def test_schedule_is_the_published_one(name: str) -> None:
 
 def test_classification_recipe() -> None:
     config = load_config(CONFIGS / "classification/rednet50_32xb64-130e_in1k.py")
-    optimizer = dict(config.optim_wrapper.optimizer)
-    assert optimizer == {"type": "SGD", "lr": 0.8, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    published = {"type": "SGD", "lr": 0.8, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    assert published.items() <= dict(config.optim_wrapper.optimizer).items()
     assert config.train_dataloader.batch_size * 32 == config.auto_scale_lr.base_batch_size == 2048
     cosine = config.param_scheduler[1]
     assert (cosine.type, cosine.begin, cosine.end) == ("CosineAnnealingLR", 5, 130)
