@@ -19,6 +19,7 @@ from ic_conv.convert import replace_modules
 from ic_conv.fuse import fuse
 from ic_conv.layers.ic_conv2d import ICConv2d
 from ic_conv.models.resnet import ARCHITECTURES, ic_resnet
+from ic_conv.ops import checks
 from ic_conv.pattern import DilationPattern
 
 PASSES = ("inference", "training")
@@ -26,23 +27,32 @@ STEP = 16  # output channels that oneDNN computes at once with AVX-512
 
 
 class PublishedLayer(nn.Module):
-    """The published form of an ungrouped layer: a list of plain convolutions, and a concatenation."""
+    """The published form of a layer: a list of plain convolutions, and a concatenation."""
 
     def __init__(self, layer: ICConv2d) -> None:
         super().__init__()
+        self.grouped = layer.groups > 1
         self.convs = nn.ModuleList()
-        weights = layer.weight.detach().split([count for _, count in layer.pattern.branches])
-        for (dilation, count), weight in zip(layer.pattern.branches, weights, strict=True):
-            padding = tuple(d * (k // 2) for d, k in zip(dilation, layer.kernel_size, strict=True))
+        branches, rows = layer.pattern.branches, layer.out_channels // layer.pattern.units
+        weights = layer.weight.detach().split([count * rows for _, count in branches])
+        for (dilation, count), weight in zip(branches, weights, strict=True):
             conv = nn.Conv2d(
-                *(layer.in_channels, count, layer.kernel_size, layer.stride, padding, dilation),  # type: ignore[arg-type]
+                layer.in_channels * count // layer.groups if self.grouped else layer.in_channels,
+                count * rows,
+                layer.kernel_size,  # type: ignore[arg-type]
+                layer.stride,
+                checks.same_padding((weight.shape[2], weight.shape[3]), dilation),
+                dilation,
+                count if self.grouped else 1,
                 bias=False,
             )
             conv.weight = nn.Parameter(weight.clone())
             self.convs.append(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([conv(x) for conv in self.convs], 1)
+        sizes = [conv.in_channels for conv in self.convs]
+        inputs = x.split(sizes, 1) if self.grouped else [x] * len(sizes)
+        return torch.cat([conv(part) for conv, part in zip(self.convs, inputs, strict=True)], 1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Row:
         to_plain: median time as a multiple of the plain network's in the same run.
         speedup: of the published form's median time over this one's.
         steps: convolution work of the 3x3 layers when each branch is rounded up to `STEP` channels, as a
-            multiple of the plain layers' (mean over layers).
+            multiple of the plain layers' (mean over layers; None for grouped layers).
         difference: largest difference of an output from the published form's, relative to the largest output.
     """
 
@@ -76,9 +86,9 @@ class Row:
 
 def arch_of(name: str) -> str:
     """The architecture that a pattern file's name tells; ValueError if it tells none."""
-    found = [arch for arch in ARCHITECTURES if arch in name and "resnext" not in arch]
+    found = [arch for arch in ARCHITECTURES if arch in name]
     if not found:
-        raise ValueError(f"{name}: the name must contain one of {', '.join(ARCHITECTURES)} (not ResNeXt)")
+        raise ValueError(f"{name}: the name must contain one of {', '.join(ARCHITECTURES)}")
     return found[0]
 
 
@@ -124,7 +134,7 @@ def benchmark(
                         *(path.stem, kind, batch, name, m.median_ms, m.best_ms),
                         to_plain=m.median_ms / measured["plain"].median_ms,
                         speedup=measured["published"].median_ms / m.median_ms,
-                        steps=step_cost(pattern) if name == "published" else None,
+                        steps=step_cost(pattern) if name == "published" and "resnext" not in arch else None,
                         difference=difference if name == "ours" else None,
                     )
 

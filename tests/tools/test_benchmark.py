@@ -12,10 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from ic_conv.benchmark import backbones, involution, measure
+from ic_conv.benchmark import backbones, ic_conv, involution, measure
 from ic_conv.benchmark.measure import peak_memory
 from ic_conv.models import ic_resnet50
 from ic_conv.ops.involution2d import INVOLUTION2D
+from ic_conv.pattern import DilationPattern, LayerPattern
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -99,6 +100,34 @@ def test_spread_pattern_fits_resnet50() -> None:
     assert all(len(layer.branches) == 16 for layer in pattern.layers)
 
 
+@pytest.mark.parametrize("pattern", ["ic_resnet18_k9", "ic_resnext101_32x4d_k9"])
+def test_published_layers_compute_the_same(pattern: str) -> None:
+    path = ROOT / "pattern_zoo" / "scattered_digits" / f"{pattern}.json"
+    passes = ic_conv.PASSES if "resnet18" in pattern else ["inference"]
+    rows = list(ic_conv.benchmark([path], CPU, [1], passes, size=32, rounds=1))
+    names = ["plain", "published", "ours"]
+    expected = [*names, "plain, fused", "ours, fused", *(names if len(passes) > 1 else [])]
+    assert [row.network for row in rows] == expected
+    assert all(row.difference is None or row.difference < 1e-5 for row in rows)
+    assert sum(row.difference is not None for row in rows) == len(passes)
+
+
+def test_cost_of_steps_of_16_channels() -> None:
+    layers = LayerPattern.from_counts({(1, 1): 16}), LayerPattern.from_counts({(1, 1): 31, (2, 1): 1})
+    assert ic_conv.step_cost(DilationPattern(layers, kernel=5)) == (1 + 48 / 32) / 2
+
+
+def test_ic_conv_command(tool: ModuleType, tmp_path: Path) -> None:
+    path, figures = (
+        ROOT / "pattern_zoo" / "scattered_digits" / "ic_resnet18_k9.json",
+        tmp_path / "figures.json",
+    )
+    arguments = ["--pattern", str(path), "--batch-size", "1", "--image-size", "32", "--rounds", "1"]
+    assert tool.main(["ic-conv", *arguments, "--passes", "inference", "--json", str(figures)]) == 0
+    rows = json.loads(figures.read_text())["rows"]
+    assert rows[0]["to_plain"] == rows[1]["speedup"] == 1 and len(rows) == 5
+
+
 def test_list(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--list"]) == 0
     shown = capsys.readouterr().out
@@ -142,6 +171,8 @@ def test_usage_errors(
     [
         ["involution", "--layers", "layer4", "--device", "nonsense"],
         ["backbones", "--pattern", "missing.json"],
+        ["ic-conv", "--pattern", "missing_ic_resnet50.json"],
+        ["ic-conv", "--pattern", "pattern_zoo/scattered_digits/unknown.json"],
         [
             "involution",
             "--layers",

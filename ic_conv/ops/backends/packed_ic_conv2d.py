@@ -144,7 +144,8 @@ def _kept(call: ICConv2dCall, name: Any, shape: Any, make: Callable[[], Tensor])
     """What a frozen layer's `packs` hold under a name; made anew if the shape or the weight changed."""
     if call.packs is None:
         return make()
-    key = call.weight.data_ptr(), call.weight._version, shape
+    version = None if call.weight.is_inference() else call.weight._version
+    key = call.weight.data_ptr(), version, shape
     known, kept = call.packs.get(name, (None, None))
     if known != key:
         kept = make()
