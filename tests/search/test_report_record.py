@@ -114,19 +114,18 @@ def points(first: int, last: int, loss: float) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("second", "steps", "losses"),
+    ("first", "second", "steps", "losses"),
     [
-        (points(4, 6, 2.0), [1, 2, 3, 4, 5, 6], [1.0] * 3 + [2.0] * 3),  # resumed
-        (points(3, 3, 2.0), [1, 2, 3], [1.0, 1.0, 2.0]),  # resumed at a state before the last step
-        (points(1, 2, 2.0), [1, 2], [2.0, 2.0]),  # begun again
-        ([{"step": 5, "bbox_mAP": 0.3}], [1, 2, 3, 4, 5], [1.0] * 5),  # a validation
+        (3, points(4, 6, 2.0), [1, 2, 3, 4, 5, 6], [1.0] * 3 + [2.0] * 3),  # resumed
+        (5, points(3, 3, 2.0), [1, 2, 3], [1.0, 1.0, 2.0]),  # resumed at a state before the last step
+        (5, points(1, 2, 2.0), [1, 2], [2.0, 2.0]),  # begun again
+        (5, [{"step": 5, "bbox_mAP": 0.3}], [1, 2, 3, 4, 5], [1.0] * 5),  # a validation
     ],
 )
 def test_curve_of_several_runs(
-    second: list[dict[str, float]], steps: list[int], losses: list[float], tmp_path: Path
+    first: int, second: list[dict[str, float]], steps: list[int], losses: list[float], tmp_path: Path
 ) -> None:
-    last = 5 if "bbox_mAP" in second[0] else 3 if second[0]["step"] == 4 else 5
-    write_log(tmp_path, points(1, last, 1.0))
+    write_log(tmp_path, points(1, first, 1.0))
     write_log(tmp_path, second, "log/20260101_0001")
     curve = training_curve(tmp_path)
     assert curve["step"] == steps and curve["loss"] == losses and curve["lr"] == [0.1] * len(steps)
