@@ -21,6 +21,7 @@ EPILOG = """examples:
   python tools/benchmark.py involution --layers layer1 --backends reference numba
   python tools/benchmark.py backbones --channels-last            the published run time table, measured here
   python tools/benchmark.py latency-table --output here.json     layer times of this device, for the search
+  python tools/benchmark.py assignment --depth 101 --kernel 13   channels into branches of fast sizes
   python tools/benchmark.py ic-conv --pattern my/ic_resnet50_k9.json          what a pattern costs in time
 """
 
@@ -28,6 +29,7 @@ EPILOG = """examples:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from ic_conv.benchmark import backbones, ic_conv, involution
     from ic_conv.ops.involution2d import INVOLUTION2D
+    from search.assignment import TARGETS
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,6 +93,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "search", parents=[common], help="statistics pass, criteria and assignment of the search"
     )
     command.set_defaults(run=run_search, rounds=3)
+
+    command = commands.add_parser(
+        "assignment", help="what fast branch sizes cost in error, and how long it takes to find them"
+    )
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="errors of this supernet; default: random ones, the hardest"
+    )
+    command.add_argument("--depth", type=int, default=50, choices=(50, 101), help="ResNet's, default 50")
+    command.add_argument("--kernel", type=int, default=9, metavar="K", help="of the supernet (default 9)")
+    command.add_argument("--criterion", default="energy", help="of the supernet's errors (default energy)")
+    command.add_argument("--target", default="cpu", choices=tuple(TARGETS), help="limits (default cpu)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    command.set_defaults(run=run_assignment, device="cpu", threads=1)
 
     command = commands.add_parser(
         "latency-table", parents=[common], help="layer times with random patterns, for tools/search.py"
@@ -213,6 +228,43 @@ def run_search(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[st
     from search.benchmark import benchmark
 
     return "The search without the training", benchmark(device, args.rounds)
+
+
+def run_assignment(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:
+    from rich.progress import track
+
+    from search.assign import unit_errors
+    from search.assignment import TARGETS
+    from search.assignment.benchmark import benchmark, random_errors, summary
+    from search.criteria import criterion
+    from search.engine import TrainOptions
+    from search.run import SearchOptions, prepare
+    from search.space import DilationSpace
+    from search.statistics import collect
+
+    space = DilationSpace(args.kernel)
+    if args.checkpoint is None:
+        errors = random_errors(args.depth, len(space.candidates))
+    else:
+        arch = f"ic_resnet{args.depth}"
+        options = SearchOptions(
+            TrainOptions("work_dirs/benchmark", device="cpu"),
+            kernel=args.kernel,
+            arch=arch,
+            checkpoint=args.checkpoint,
+        )
+        task = prepare(options).search
+        assert task.supernet is not None
+        moments = collect(task.supernet, task.batches(), space)
+        errors_of = criterion(args.criterion)
+        errors = {name: unit_errors(errors_of(moments[name], space), n) for name, n in task.units.items()}
+    limits = TARGETS[args.target]
+    progress = track(errors.items(), "assigning", disable=not sys.stderr.isatty(), transient=True)
+    rows = list(benchmark(progress, limits))
+    source = f"{args.criterion} of {args.checkpoint}" if args.checkpoint else "random errors"
+    size, most = limits.channel_multiple, limits.max_branches
+    title = f"ResNet-{args.depth} k{args.kernel}, {source}, multiples of {size}, at most {most} branches"
+    return title, [*rows, summary(rows)]
 
 
 def run_latency_table(args: argparse.Namespace, device: Any) -> tuple[str, list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ from torch import nn
 from search import SearchTask, convert_to_supernet
 from search.assign import assign_argmin, assign_within
 from search.assignment import BranchLimits, UnitLimits, solve
+from search.assignment.benchmark import rounded_total
 from search.assignment.bounds import dual_ascent
 from search.assignment.sets import SetTree
 from search.assignment.transport import Transport
@@ -98,21 +99,6 @@ def test_totals_are_those_of_the_integer_program(
         assert found.total == pytest.approx(exact, rel=0.01)
 
 
-def naive(errors: Errors, limits: UnitLimits) -> float:
-    """Rounding by hand: the most frequent best dilations, counts rounded, surest units first."""
-    counts = np.bincount(errors.argmin(1), minlength=errors.shape[1])
-    kept = np.argsort(-counts, kind="stable")[: limits.most_open]
-    share = counts[kept] / counts[kept].sum() * limits.units / limits.multiple
-    sizes = np.floor(share).astype(int)
-    sizes[np.argsort(sizes - share)[: limits.units // limits.multiple - sizes.sum()]] += 1
-    room, total = sizes * limits.multiple, 0.0
-    for unit in np.argsort(np.diff(np.sort(errors[:, kept], axis=1)[:, :2])[:, 0])[::-1]:
-        best = np.where(room > 0, errors[unit, kept], np.inf).argmin()
-        room[best] -= 1
-        total += errors[unit, kept[best]]
-    return total
-
-
 @pytest.mark.parametrize("make", [random_errors, structured_errors])
 @pytest.mark.parametrize(("units", "candidates"), [(64, 16), (128, 16), (64, 36)])
 def test_layers_of_real_size_are_certified_and_better_than_rounding(
@@ -122,7 +108,7 @@ def test_layers_of_real_size_are_certified_and_better_than_rounding(
     found = solve(errors, limits)
     assert limits.allow(np.bincount(found.candidate))
     assert found.gap <= 0.005
-    assert found.total < naive(errors, limits)
+    assert found.total < rounded_total(errors, limits)
 
 
 def test_sets_left_out_are_bounded() -> None:
