@@ -32,7 +32,7 @@ RIDGE = 1e-4  # of the inputs' mean variance: how strongly the fit is held to th
 class Slot(NamedTuple):
     """Where the sum over two taps is stored, and whether the taps are swapped there."""
 
-    index: int
+    place: int
     transposed: bool
 
 
@@ -76,7 +76,8 @@ class TapPairs:
             )
             for along in stride
         ]
-        pairs = cls(stride, slots := {})
+        slots: dict[tuple[Pair, Pair], int] = {}
+        pairs = cls(stride, slots)
         waiting = [(y, x) for x in axes[1] for y in axes[0]]
         while waiting:
             key = pairs.ordered(waiting.pop())[0]
@@ -194,11 +195,10 @@ class SecondMoments:
         copied = self._by_group(self.weight.detach().flatten(2).to(target), dilation)
         matrix, variance = self.normal_matrix(dilation), self.variance.view(groups, -1)
         if units is not None and groups == 1:
-            values = target, copied, variance, level
-            target, copied, variance, level = (value[..., units] for value in values)
+            target, copied, variance, level = (x[..., units] for x in (target, copied, variance, level))
         elif units is not None:
-            values = target, copied, variance, matrix, level, mean
-            target, copied, variance, matrix, level, mean = (value[units] for value in values)
+            target, copied, variance, level = (x[units] for x in (target, copied, variance, level))
+            matrix, mean = matrix[units], mean[units]
         strength = matrix.diagonal(dim1=1, dim2=2).mean(1) * ridge
         strength = torch.where(strength > 0, strength, 1.0)
         factor, held = _factor(matrix, strength)
@@ -214,7 +214,8 @@ class SecondMoments:
 
     def _block(self, t: Pair, u: Pair) -> Tensor:
         slot = self.pairs.slot(t, u)
-        return self.inputs[slot.index].mT if slot.transposed else self.inputs[slot.index]
+        stored = self.inputs[slot.place]
+        return stored.mT if slot.transposed else stored
 
     def _columns(self, dilation: Dilation) -> Tensor:
         return self.space.taps[self.space.candidates.index(dilation)].to(self.mean.device)
@@ -277,7 +278,7 @@ class SecondSums:
             positions: number of output positions that were added.
         """
         for index, other in self.pairs.missing():
-            more = self.inputs[other.index]
+            more = self.inputs[other.place]
             self.inputs[index] += more.mT if other.transposed else more
         return SecondMoments(
             self.pairs,

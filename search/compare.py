@@ -26,9 +26,11 @@ from ic_conv.models.resnet import BasicBlock
 from ic_conv.pattern import DilationPattern, LayerPattern
 from search.criteria import CRITERIA, DEFAULT_CRITERION
 from search.data import ScatteredDigits, build_loader
-from search.engine import TrainOptions, evaluate, train
+from search.engine import TrainOptions, evaluate, load_checkpoint, train
+from search.engine.checkpoint import FINAL
+from search.space import DilationSpace
 from search.statistics import images_of
-from search.strategies import STRATEGIES, EDOStrategy, SearchTask
+from search.strategies import STRATEGIES, EDOStrategy, GradientStrategy, PlainTask, SearchTask
 from search.supernet import convert_to_supernet
 from search.tasks import wrap
 
@@ -85,6 +87,14 @@ def _by_strategy(options: CompareOptions, seed: int, name: str) -> DilationPatte
     return STRATEGIES[name]().search(task)
 
 
+def _by_gradient(options: CompareOptions, seed: int) -> DilationPattern:
+    task = wrap(slim_resnet(), ScatteredDigits.num_classes)
+    load_checkpoint(task, options.work_dir / f"seed{seed}" / "plain.result" / FINAL)
+    batches = list(build_loader(ScatteredDigits(length=2048, seed=seed + 1000), 32))
+    plain = PlainTask(task, task.network, lambda: batches, lambda model, x: model(**x, mode="loss")["loss"])
+    return GradientStrategy().search(SearchTask.of_plain(plain, DilationSpace(options.kernel), seed))
+
+
 PatternMaker = Callable[[CompareOptions, int], DilationPattern]
 
 
@@ -101,6 +111,7 @@ def methods() -> dict[str, tuple[PatternMaker | None, int]]:
         "hand": (partial(_by_strategy, name="hand"), 1),
         "uniform": (partial(_by_strategy, name="uniform"), 1),
         "random": (partial(_by_strategy, name="random"), 1),
+        "gradient": (_by_gradient, 1),
     }
 
 
@@ -156,8 +167,9 @@ def compare(
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        # The supernets come first: the found patterns wait for them.
-        for group in ([SUPERNET], names):
+        # What is trained first is what patterns are found on.
+        first = [SUPERNET, *(["plain"] if "gradient" in names else [])]
+        for group in (first, [name for name in names if name not in first]):
             futures = {
                 pool.submit(run, name, seed, options): (name, seed) for seed in range(seeds) for name in group
             }

@@ -7,13 +7,12 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ic_conv.convert import units_of
 from search.arch import build_network
 from search.data import ScatteredDigits, build_loader
 from search.refit import _fit_layer, estimate_batch_norms
@@ -26,19 +25,21 @@ TRAINING_STEPS, TRAINING_BATCH = 160, 8  # of the search command by default
 T = TypeVar("T")
 
 
-def refit_cost(arch: str, kernel: int, images: int, image_size: int) -> list[str]:
+def refit_cost(arch: str, kernel: int, images: int, image_size: int) -> Iterator[str]:
     """Seconds of each part, with a random pattern, which has all dilations in every layer; and memory."""
     supernet = convert_to_supernet(build_network(arch), kernel, inplace=True).eval()
     task = SearchTask.of(supernet)
-    assert list(task.units.values()) == [units_of(layer) for layer in super_layers(supernet).values()]
     pattern = RandomStrategy().search(task)
     batches = [torch.randn(32, 3, image_size, image_size) for _ in range(max(1, images // 32))]
+    threads = torch.get_num_threads()
+    yield f"{arch} k{kernel}, {32 * len(batches)} images of {image_size} px, {threads} threads"
     _, forward = _timed(lambda: _run(supernet, batches))
+    yield f"forward passes alone {forward:.1f} s"
     before = _peak()
     moments, statistics = _timed(lambda: collect(supernet, batches, task.space, correlations=True))
     seconds = {name: m.second for name, m in moments.items() if isinstance(m, ConvMoments) and m.second}
     size = sum(s.inputs.nbytes + s.cross.nbytes for s in seconds.values())
-    peak = _peak()
+    yield f"statistics {size / 2**30:.2f} GiB; peak of the process {_peak():.2f} GiB, {before:.2f} before"
     moments.clear()
     layers = super_layers(supernet)
 
@@ -50,15 +51,10 @@ def refit_cost(arch: str, kernel: int, images: int, image_size: int) -> list[str
     _, fitting = _timed(fit)
     _, norms = _timed(lambda: estimate_batch_norms(supernet, batches))
     total = statistics + fitting + norms
-    return [
-        f"{arch} k{kernel}, {32 * len(batches)} images of {image_size} px, {torch.get_num_threads()} threads",
-        f"forward passes alone {forward:.1f} s",
-        f"refit {total:.1f} s: statistics {statistics:.1f}, fit {fitting:.1f}, batch norms {norms:.1f}",
-        f"statistics {size / 2**30:.2f} GiB; peak of the process {peak:.2f} GiB, {before:.2f} before",
-    ]
+    yield f"refit {total:.1f} s: statistics {statistics:.1f}, fit {fitting:.1f}, batch norms {norms:.1f}"
 
 
-def gradient_cost(arch: str, kernel: int, images: int, image_size: int) -> list[str]:
+def gradient_cost(arch: str, kernel: int, images: int, image_size: int) -> Iterator[str]:
     """Seconds of the search by gradients, beside the training of a supernet that it saves."""
     torch.manual_seed(0)
     data = ScatteredDigits(length=images, image_size=image_size)
@@ -84,10 +80,10 @@ def gradient_cost(arch: str, kernel: int, images: int, image_size: int) -> list[
     _, two = _timed(lambda: (step(), step()))
     _, calibration = _timed(lambda: _run(trained.eval(), [images_of(batch) for batch in batches]))
     route = TRAINING_STEPS * two / 2 + calibration
-    return [
+    yield (
         f"gradient strategy {found:.1f} s on {images} images; the supernet's route {route:.1f} s "
         f"({TRAINING_STEPS} steps of {two / 2:.2f} s, calibration {calibration:.1f} s): {found / route:.3f}"
-    ]
+    )
 
 
 @torch.no_grad()
@@ -117,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     cost = gradient_cost if args.gradient else refit_cost
-    print("\n".join(cost(args.arch, args.kernel, args.images, args.image_size)))
+    for line in cost(args.arch, args.kernel, args.images, args.image_size):
+        print(line, flush=True)
     return 0
 
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from ic_conv import DilationPattern, apply_pattern
+from ic_conv import DilationPattern, apply_pattern, ic_resnet18
 from ic_conv.checkpoint import read_weights
+from search import SearchTask, convert_to_supernet
+from search.refit import warm_start
+from search.strategies import RandomStrategy
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +102,30 @@ def test_gradient_starts_from_a_plain_network(folder: Path) -> None:
                   "--validation-steps", 1)  # fmt: skip
     assert done.returncode == 0 and "step" not in done.stdout, done.stderr
     assert len(DilationPattern.load(folder / "b/p.json").meta["validation_loss"]) >= 4
+
+
+@pytest.mark.parametrize(("init", "width"), [("crop", 64), ("refit", 8)])
+def test_backbones_take_the_weights(init: Any, width: int, tmp_path: Path, caplog: Any) -> None:
+    torch.manual_seed(0)
+    supernet = convert_to_supernet(ic_resnet18(width=width, out_indices=(0, 1, 2, 3)), 5)
+    pattern = RandomStrategy().search(SearchTask.of(supernet))
+    images = torch.randn(8, 3, 64, 64)
+    network = warm_start(supernet, pattern, lambda: [images], init=init).eval()
+    path, file = tmp_path / "p.json", tmp_path / "p.pt"
+    pattern.save(path)
+    torch.save({"state_dict": network.state_dict()}, file)
+    nets: list[nn.Module] = [ic_resnet18(path, weights=file, width=width, out_indices=(0, 1, 2, 3))]
+    if width == 64:
+        backbones = pytest.importorskip("ic_conv.openmmlab.backbones")
+        init_cfg = {"type": "Pretrained", "checkpoint": str(file)}
+        nets.append(backbones.ICResNet(depth=18, pattern=str(path), init_cfg=init_cfg))
+        nets[-1].init_weights()  # type: ignore[operator]
+    for net in nets:
+        with torch.no_grad():
+            for found, expected in zip(net.eval()(images), network(images), strict=True):
+                torch.testing.assert_close(found, expected)
+    classifier = ic_resnet18(path, weights=file, width=width)
+    assert classifier(images).shape == (8, 1000) and "holds no classifier" in caplog.text
 
 
 @pytest.mark.parametrize(
