@@ -30,6 +30,7 @@ from search.strategies.base import PlainTask, SearchTask, Strategy
 
 DEFAULT_SHARES = (0.5,)
 SHARES = (0.0, 0.25, 0.5, 0.75)  # that a validation tries
+MERGED_IMAGES = 32  # whose maps are correlated together
 _LEARNING_RATE = 1e-3
 
 
@@ -130,15 +131,26 @@ def measure_gains(plain: PlainTask, space: DilationSpace, units: Mapping[str, in
         layers[name] = layer
     sums: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, int]] = {}
+    waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(name: str) -> None:
+        x, gradient = (torch.cat(parts) for parts in zip(*waiting.pop(name), strict=True))
+        layer = layers[name]
+        stride, groups = (layer.stride[0], layer.stride[1]), layer.groups
+        shape = space.kernel**2, groups, layer.out_channels // groups, layer.in_channels // groups
+        sizes[name] = gradient.shape[2], gradient.shape[3]
+        correlator = Correlator(phases_of(x, stride), gradient, space.kernel // 2, groups)
+        correlator.add_cross(sums.setdefault(name, x.new_zeros(shape)), space.kernel, stride)
+
     for batch in plain.samples():
         for name, x, gradient in _gradients(plain, layers, batch):
-            layer = layers[name]
-            stride, groups = (layer.stride[0], layer.stride[1]), layer.groups
-            shape = space.kernel**2, groups, layer.out_channels // groups, layer.in_channels // groups
-            sizes[name] = gradient.shape[2], gradient.shape[3]
-            sums.setdefault(name, x.new_zeros(shape))
-            correlator = Correlator(phases_of(x, stride), gradient, space.kernel // 2, groups)
-            correlator.add_cross(sums[name], space.kernel, stride)
+            # A correlation costs nearly the same for any number of images.
+            held = waiting.get(name)
+            if held and (held[0][0].shape[1:] != x.shape[1:] or len(held) * len(x) >= MERGED_IMAGES):
+                add(name)
+            waiting.setdefault(name, []).append((x, gradient))
+    for name in list(waiting):
+        add(name)
     for name in units:
         if name not in sums:
             raise ValueError(f"{name}: no batch of the calibration data ran this layer")
