@@ -22,6 +22,7 @@ decoder = dict(codec)
 decoder.pop("_delete_")
 
 model = dict(
+    type="BottomupPyramidEstimator",
     data_preprocessor=dict(type="PyramidPreprocessor"),
     backbone=dict(
         _delete_=True,

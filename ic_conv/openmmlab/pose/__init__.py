@@ -3,6 +3,7 @@
 
 from ic_conv.openmmlab.pose.codec import TrainableAssociativeEmbedding
 from ic_conv.openmmlab.pose.dataset import BottomupCocoDataset
+from ic_conv.openmmlab.pose.estimator import BottomupPyramidEstimator
 from ic_conv.openmmlab.pose.grouping import group_by_tags
 from ic_conv.openmmlab.pose.head import TrainableAssociativeEmbeddingHead
 from ic_conv.openmmlab.pose.losses import VectorizedAssociativeEmbeddingLoss
@@ -12,6 +13,7 @@ from ic_conv.openmmlab.pose.transforms import BottomupPyramid, PackBottomupInput
 __all__ = [
     "BottomupCocoDataset",
     "BottomupPyramid",
+    "BottomupPyramidEstimator",
     "PackBottomupInputs",
     "PyramidPreprocessor",
     "TrainableAssociativeEmbedding",

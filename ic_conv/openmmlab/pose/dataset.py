@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.registry import DATASETS
 from mmpose.datasets.datasets import CocoDataset
 
@@ -22,6 +23,15 @@ class BottomupCocoDataset(CocoDataset):
 
     def __init__(self, ann_file: str = "", data_mode: str = "bottomup", **options: Any) -> None:
         super().__init__(ann_file, data_mode=data_mode, **options)
+
+    @classmethod
+    def _load_metainfo(cls, metainfo: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Colours as int64: checkpoints hold this, and bytes of NumPy's are not among what loads safely."""
+        loaded = super()._load_metainfo(metainfo)
+        return {
+            key: value.astype(np.int64) if getattr(value, "dtype", None) == np.uint8 else value
+            for key, value in loaded.items()
+        }
 
     def _load_annotations(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if not Path(self.ann_file).is_file():

@@ -29,6 +29,19 @@ class TrainableAssociativeEmbeddingHead(AssociativeEmbeddingHead):
         >>> head = TrainableAssociativeEmbeddingHead(512, 17, decoder=codec)
     """
 
+    @property
+    def default_init_cfg(self) -> list[dict[str, Any]]:
+        """MMPose's deviation of 0.001 for deconvolutions gives their batch norms variances of 1e-6.
+
+        The running ones, 1 at first, take over 150 steps to forget that: until then tests see other maps than
+        the training.
+        """
+        return [
+            {"type": "Kaiming", "layer": "ConvTranspose2d"},
+            {"type": "Normal", "layer": "Conv2d", "std": 0.001},
+            {"type": "Constant", "layer": "BatchNorm2d", "val": 1},
+        ]
+
     def loss(
         self,
         feats: tuple[Tensor, ...],

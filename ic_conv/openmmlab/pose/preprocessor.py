@@ -15,7 +15,7 @@ class PyramidPreprocessor(PoseDataPreprocessor):
     """MMPose's preprocessor that also takes a list of scales, as `BottomupPyramid` gives; options as there.
 
     Shape:
-        inputs: a batch of images, or a list of such batches, one per scale; the result has the same form.
+        inputs: a batch of images, or a sequence of batches, one per scale; the result is alike, with a tuple.
     """
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
@@ -25,4 +25,4 @@ class PyramidPreprocessor(PoseDataPreprocessor):
         # the original scale comes last, so that the samples keep its shape
         forward = super().forward
         done = [forward({**data, "inputs": level}, training) for level in levels[::-1]]
-        return {**done[-1], "inputs": [level["inputs"] for level in done[::-1]]}
+        return {**done[-1], "inputs": tuple(level["inputs"] for level in done[::-1])}
