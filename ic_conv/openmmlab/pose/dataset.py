@@ -26,10 +26,11 @@ class BottomupCocoDataset(CocoDataset):
 
     @classmethod
     def _load_metainfo(cls, metainfo: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Colours as int64: checkpoints hold this, and bytes of NumPy's are not among what loads safely."""
+        """Arrays as int64 and float64: checkpoints hold them, and no others are among what loads safely."""
+        wide = {"u": np.int64, "i": np.int64, "f": np.float64}
         loaded = super()._load_metainfo(metainfo)
         return {
-            key: value.astype(np.int64) if getattr(value, "dtype", None) == np.uint8 else value
+            key: value.astype(wide[value.dtype.kind]) if isinstance(value, np.ndarray) else value
             for key, value in loaded.items()
         }
 
