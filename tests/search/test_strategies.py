@@ -69,12 +69,13 @@ def test_the_same_task_gives_the_same_pattern(name: str, options: dict[str, Any]
     assert first == second
 
 
+# By its path: an installed package may be called tests too.
 FRESH = """
-import sys
-from tests.search.test_strategies import CASES, small_task
+import runpy, sys
 from search import STRATEGIES
-for index, (name, options) in enumerate(CASES):
-    STRATEGIES[name](**options).search(small_task()).save(f"{sys.argv[1]}/{index}.json")
+here = runpy.run_path("tests/search/test_strategies.py")
+for index, (name, options) in enumerate(here["CASES"]):
+    STRATEGIES[name](**options).search(here["small_task"]()).save(f"{sys.argv[1]}/{index}.json")
 """
 
 
