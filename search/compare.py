@@ -181,7 +181,7 @@ def compare(
                 raise
 
 
-def table(results: Mapping[str, list[Mapping[str, float]]]) -> str:
+def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """A Markdown table: mean and standard deviation over the seeds, in percent."""
     columns = ("mAP", "mAP_small", "mAP_medium", "mAP_large", "plain_share")
     lines = ["| method | mAP | small | medium | large | plain channels |", "|---|---|---|---|---|---|"]
