@@ -122,8 +122,12 @@ def prepare(
         config.load_from = checkpoint
     if config.get("load_from") and "://" not in config.load_from and not Path(config.load_from).is_file():
         raise ConfigError(f"the checkpoint must be a file, got {config.load_from}")
-    if launcher == "pytorch" and not torch.cuda.is_available() and not distributed.is_initialized():
-        distributed.init_process_group("gloo")  # MMEngine's own start asks for a GPU, even with gloo
+    if (
+        launcher == "pytorch" and not torch.cuda.is_available()
+    ):  # where MMEngine would ask for GPUs all the same
+        config.setdefault("model_wrapper_cfg", {"device_ids": None, "broadcast_buffers": False})
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo")
     return config
 
 
