@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,9 @@ def benchmark(
 def _networks(
     arch: str, pattern: DilationPattern, device: torch.device, layout: torch.memory_format, fused: bool
 ) -> dict[str, nn.Module]:
-    ours: nn.Module = ic_resnet(arch, pattern=pattern)
+    # The published form has no assignment; without one, no network has to put channels back in order.
+    unassigned = tuple(replace(layer, assignment=None) for layer in pattern.layers)
+    ours: nn.Module = ic_resnet(arch, pattern=replace(pattern, layers=unassigned))
     layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, ICConv2d)}
     published = replace_modules(
         copy.deepcopy(ours), {name: PublishedLayer(layer) for name, layer in layers.items()}

@@ -104,7 +104,7 @@ def test_spread_pattern_fits_resnet50() -> None:
 def test_published_layers_compute_the_same(pattern: str) -> None:
     path = ROOT / "pattern_zoo" / "scattered_digits" / f"{pattern}.json"
     passes = ic_conv.PASSES if "resnet18" in pattern else ["inference"]
-    rows = list(ic_conv.benchmark([path], CPU, [1], passes, size=32, rounds=1))
+    rows = list(ic_conv.benchmark([path], CPU, [1], passes, size=64, rounds=1))
     names = ["plain", "published", "ours"]
     expected = [*names, "plain, fused", "ours, fused", *(names if len(passes) > 1 else [])]
     assert [row.network for row in rows] == expected
