@@ -79,6 +79,8 @@ class _Calibration(Iterable[Tensor]):
         self.model, self.seed = model, options.train.seed
         settings = config.train_dataloader.copy()
         settings.persistent_workers = False
+        # an InfiniteSampler would be used up after one pass
+        settings.sampler = {"type": "DefaultSampler", "shuffle": True}
         settings.batch_size = options.train.batch_size or settings.batch_size
         self.loader = Runner.build_dataloader(settings, seed=self.seed)
         images = min(options.calibration_images, len(self.loader.dataset))

@@ -15,7 +15,7 @@ from ic_conv._pattern_summary import stage_of
 from ic_conv.pattern import PLAIN, DilationPattern, LayerPattern
 from search.assign import assign_within, unit_errors
 from search.assignment import BranchLimits
-from search.criteria import DEFAULT_CRITERION, criterion, needs_residuals
+from search.criteria import DEFAULT_CRITERION, criterion, needs_correlations, needs_residuals
 from search.latency import LatencyTable
 from search.measure_latency import MeasuredLatency
 from search.space import DilationSpace
@@ -222,8 +222,13 @@ class ParetoStrategy(Strategy):
             raise ValueError("the strategy pareto needs a trained supernet, got none")
         options = self.options
         names = tuple(dict.fromkeys((*options.criteria, options.yardstick)))
-        residuals = any(map(needs_residuals, names))
-        moments = collect(task.supernet, task.batches(), task.space, residuals=residuals)
+        moments = collect(
+            task.supernet,
+            task.batches(),
+            task.space,
+            residuals=any(map(needs_residuals, names)),
+            correlations=any(map(needs_correlations, names)),
+        )
         errors = {
             name: {
                 layer: unit_errors(criterion(name)(moments[layer], task.space), units)
