@@ -16,7 +16,7 @@ from typing import Any, Literal
 import optuna
 import torch.multiprocessing
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import MaxTrialsCallback, Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -72,9 +72,13 @@ def open_storage(storage: str) -> BaseStorage:
         return InMemoryStorage()
     try:
         if "://" not in storage:
-            Path(storage).parent.mkdir(parents=True, exist_ok=True)
-            Path(storage).touch()
-            return JournalStorage(JournalFileBackend(storage))
+            # The lock is a link to this path: a relative one leads nowhere, and then the lock that a killed
+            # process left is never released. It is after the grace period in seconds; a write takes far less.
+            path = Path(storage).absolute()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            lock = JournalFileSymlinkLock(str(path), grace_period=5)
+            return JournalStorage(JournalFileBackend(str(path), lock))
         return RDBStorage(storage)
     except Exception as error:  # each database driver has errors of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]

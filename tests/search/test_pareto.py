@@ -298,6 +298,17 @@ def test_the_command_goes_on_after_kill_9_and_leaves_the_front(tmp_path: Path) -
     assert "| trial |" in done.stdout
 
 
+def test_the_lock_of_a_killed_process_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from search.study import open_storage
+
+    monkeypatch.chdir(tmp_path)
+    open_storage("study.journal")
+    path = tmp_path / "study.journal"
+    path.with_name("study.journal.lock").symlink_to(path)
+    optuna.create_study(storage=open_storage("study.journal"), study_name="found")
+    assert optuna.get_all_study_names(open_storage("study.journal")) == ["found"]
+
+
 def complete(options: StudyOptions) -> dict[int, Any]:
     from search.study import open_storage
 
