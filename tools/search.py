@@ -333,11 +333,10 @@ def next_command(arch: str, path: Path, weights: Path | None = None) -> str:
     return f"  python -c {shlex.quote(code)}" if '"' in code else f'  python -c "{code}"'
 
 
-def pareto_options(args: argparse.Namespace) -> dict[str, Any]:
-    """SearchOptions' arguments for the strategy pareto."""
+def pareto_options(args: argparse.Namespace, name: str, work_dir: Path) -> dict[str, Any]:
+    """SearchOptions' arguments for the strategy pareto; study and journal are named after the search."""
     if args.strategy != "pareto":
         return {"finetune_steps": args.finetune_steps}
-    from search.arch import file_stem
     from search.engine.options import resolve_device
     from search.latency import LatencyTable, device_name
     from search.strategies import ParetoOptions
@@ -347,11 +346,9 @@ def pareto_options(args: argparse.Namespace) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError(f"--strategy pareto needs Optuna, pip install -e '.[pareto]': {error}") from error
 
-    stem = file_stem(args.arch, args.kernel)
-    work_dir = Path(args.work_dir or Path("work_dirs") / stem)
     study = StudyOptions(
         storage=args.storage or str(work_dir / "study.journal"),
-        name=args.study_name or stem,
+        name=args.study_name or name,
         sampler=args.sampler,
         trials=args.n_trials,
         jobs=args.n_jobs,
@@ -418,8 +415,9 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
         )
         steps = max(1, args.epochs * len(images) // args.batch_size)
     name = Path(task_config).stem if task_config else file_stem(args.arch, args.kernel)
+    work_dir = Path(args.work_dir or Path("work_dirs") / name)
     train = TrainOptions(
-        work_dir=args.work_dir or Path("work_dirs") / name,
+        work_dir=work_dir,
         config=DEFAULT_CONFIG if task_config or not args.config else args.config,
         steps=steps,
         batch_size=args.batch_size,
@@ -439,7 +437,7 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
         strategy=args.strategy,
         criterion=args.criterion,
         limits=build_limits(args),
-        **pareto_options(args),
+        **pareto_options(args, name, work_dir),
         data=args.data,
         image_size=args.image_size,
         calibration_images=args.calibration_images,
