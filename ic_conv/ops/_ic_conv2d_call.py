@@ -78,10 +78,7 @@ def checked_call(
             "ic_conv2d needs x (N, C_in, H, W) and weight (C_out, C_in / groups, Kh, Kw);"
             f" got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        # Here once for all backends and branches, as autocast does it for a plain convolution.
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := checks.autocast_dtype(x)) is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not _alike(x, weight) or (bias is not None and not _alike(x, bias)) or not x.is_floating_point():
         checks.same_device_and_dtype(x=x, weight=weight, **({} if bias is None else {"bias": bias}))

@@ -100,9 +100,7 @@ def checked_call(
             "involution2d needs x (N, C, H, W) and weight (N, G, Kh, Kw, Ho, Wo);"
             f" got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := checks.autocast_dtype(x)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     checks.same_device_and_dtype(x=x, weight=weight)
     batch, groups, *kernel = weight.shape[:4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
@@ -37,6 +38,14 @@ def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation:
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     )
     return rows, columns
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts to where x lies, as it would for a plain convolution; None if it casts nothing."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def same_device_and_dtype(**tensors: Tensor) -> None:
