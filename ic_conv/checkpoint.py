@@ -15,6 +15,12 @@ from ic_conv.pattern import DilationPattern, LayerPattern
 Weights = str | os.PathLike[str] | Mapping[str, Tensor]
 Layout = Literal["plain", "branches", "published"]
 
+# What the command lines say of --trust-checkpoint.
+TRUST = (
+    "read the checkpoint as a pickle, as old ones need. A pickle can run any code that its author put in, "
+    "with all your rights: only for files whose author you trust"
+)
+
 
 def read_weights(weights: Weights, trust: bool = False) -> tuple[dict[str, Tensor], str]:
     """A state dict on the CPU, and how to call its source in messages.

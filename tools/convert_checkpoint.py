@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 from ic_conv import DilationPattern  # noqa: E402
 from ic_conv._files import atomic_path  # noqa: E402
-from ic_conv.checkpoint import read_weights  # noqa: E402
+from ic_conv.checkpoint import TRUST, read_weights  # noqa: E402
 from ic_conv.published import backbone_of, to_ours, to_published  # noqa: E402
 
 EPILOG = """examples:
@@ -24,10 +24,6 @@ EPILOG = """examples:
   python tools/convert_checkpoint.py rednet50.pth ours.pth --backbone     keys of ic_conv.rednet50
   python tools/convert_checkpoint.py epoch_12.pth published.pth --to published
 """
-TRUST = (
-    "read the checkpoint as a pickle, as old ones need. A pickle can run any code that its author put in, "
-    "with all your rights: only for files whose author you trust"
-)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -14,6 +14,8 @@ from mmengine.config import DictAction
 sys.path[0] = str(Path.cwd())
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+from ic_conv.checkpoint import TRUST  # noqa: E402
+
 EPILOG = """examples:
   python tools/test.py configs/detection/faster-rcnn_rednet50_fpn_1x_coco.py faster_rcnn_red50.pth
   python tools/test.py CONFIG CHECKPOINT --out predictions.pkl
@@ -29,6 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="checkpoint of the whole model")
     parser.add_argument("--work-dir", metavar="DIR", help="logs and metrics (default work_dirs/CONFIG)")
     parser.add_argument("--out", metavar="FILE.pkl", help="write the predictions there")
+    parser.add_argument("--trust-checkpoint", action="store_true", help=TRUST)
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
     parser.add_argument(
         "--cfg-options",
@@ -46,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from ic_conv.openmmlab import runner
 
+    if args.trust_checkpoint:
+        print(f"warning: --trust-checkpoint: {TRUST}", file=sys.stderr)
     try:
         config = runner.load_config(args.config, args.cfg_options)
         runner.prepare(
@@ -55,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             launcher=args.launcher,
             checkpoint=args.checkpoint,
         )
-        runner.test(config, args.out)
+        runner.test(config, args.out, args.trust_checkpoint)
     except (runner.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,8 @@ from mmengine.config import DictAction
 sys.path[0] = str(Path.cwd())
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+from ic_conv.checkpoint import TRUST  # noqa: E402
+
 EPILOG = """examples:
   python tools/train.py configs/detection/faster-rcnn_rednet50_fpn_1x_coco.py
   python tools/train.py CONFIG --resume                     go on where the work folder's last checkpoint ends
@@ -42,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--auto-scale-lr", action="store_true", help="scale the learning rate to the batch size"
     )
+    parser.add_argument("--trust-checkpoint", action="store_true", help=TRUST)
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
     parser.add_argument(
         "--cfg-options",
@@ -59,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from ic_conv.openmmlab import runner
 
+    if args.trust_checkpoint:
+        print(f"warning: --trust-checkpoint: {TRUST}", file=sys.stderr)
     try:
         config = runner.load_config(args.config, args.cfg_options)
         runner.prepare(
@@ -70,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             auto_scale_lr=args.auto_scale_lr,
             resume=args.resume,
         )
-        runner.train(config)
+        runner.train(config, args.trust_checkpoint)
     except KeyboardInterrupt:
         command = shlex.join(["python", *sys.argv, *([] if args.resume else ["--resume"])])
         print(f"\nstopped; checkpoints are kept. Go on with:\n  {command}", file=sys.stderr)

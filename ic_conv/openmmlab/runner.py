@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import distributed
 
+from ic_conv.openmmlab import processes
 from ic_conv.openmmlab._blame import explain, one_line
 from ic_conv.openmmlab.checkpoint_hook import AtomicCheckpointHook
 
@@ -122,34 +123,44 @@ def prepare(
         config.load_from = checkpoint
     if config.get("load_from") and "://" not in config.load_from and not Path(config.load_from).is_file():
         raise ConfigError(f"the checkpoint must be a file, got {config.load_from}")
-    if (
-        launcher == "pytorch" and not torch.cuda.is_available()
-    ):  # where MMEngine would ask for GPUs all the same
-        config.setdefault("model_wrapper_cfg", {"device_ids": None, "broadcast_buffers": False})
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo")
+    if launcher != "none" and not torch.cuda.is_available():
+        wrapper = {  # as MMEngine's own, but for the GPU's number
+            "device_ids": None,
+            "broadcast_buffers": False,
+            "find_unused_parameters": config.get("find_unused_parameters", False),
+        }
+        config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
+        try:
+            processes.join(launcher)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return config
 
 
-def train(config: Config) -> Runner:
+def train(config: Config, trust_checkpoint: bool = False) -> Runner:
     """Trains a prepared config and returns the runner.
+
+    Args:
+        config: see `prepare`.
+        trust_checkpoint: read checkpoints as pickles, which may run any code that their authors put in.
 
     Raises:
         ConfigError: the config cannot run; raised before the first step.
     """
-    with _explained(config) as start:
+    with _loading(trust_checkpoint), _explained(config) as start:
         runner = Runner.from_cfg(config)
         runner.register_hook(start, "HIGHEST")
         runner.train()
     return runner
 
 
-def test(config: Config, out: str | None = None) -> dict[str, float]:
+def test(config: Config, out: str | None = None, trust_checkpoint: bool = False) -> dict[str, float]:
     """Tests a prepared config and returns the metrics.
 
     Args:
         config: with its checkpoint in ``load_from``.
         out: a .pkl file for the predictions.
+        trust_checkpoint: see `train`.
 
     Raises:
         ConfigError: the config cannot run; raised before the first image.
@@ -158,7 +169,7 @@ def test(config: Config, out: str | None = None) -> dict[str, float]:
         given = config.test_evaluator
         dump = {"type": "mmengine.DumpResults", "out_file_path": out}
         config.test_evaluator = [*(given if isinstance(given, list) else [given]), dump]
-    with _explained(config) as start:
+    with _loading(trust_checkpoint), _explained(config) as start:
         runner = Runner.from_cfg(config)
         runner.register_hook(start, "HIGHEST")
         result = runner.test()
@@ -178,11 +189,31 @@ class _Start(Hook):
 
 
 @contextmanager
+def _loading(trust: bool) -> Iterator[None]:
+    """Keeps MMEngine from reading a file as a pickle when it holds more than weights and plain values."""
+    name, value = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0" if trust else "1"
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
 def _explained(config: Config) -> Iterator[_Start]:
     """Turns what goes wrong before the first step into one line that names the key."""
     start = _Start()
     try:
         yield start
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{config.get('load_from') or 'the checkpoint'}: not a file of weights that can be read safely; "
+            "--trust-checkpoint reads it as a pickle"
+        ) from error
     except _USER_ERRORS as error:
         if start.came:
             raise

@@ -221,6 +221,32 @@ def test_bad_configs_are_one_line_that_names_the_key(
     assert re.fullmatch(rf"error: {expected}.*", last), last
 
 
+class Planted:
+    """Unpickling it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_checkpoints_that_are_more_than_weights(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, checkpoint, work_dir = tmp_path / "trace", tmp_path / "odd.pth", tmp_path / "run"
+    torch.save({"state_dict": {}, "planted": Planted(trace)}, checkpoint)
+    family = FAMILIES["classifier"]
+    end = ("--work-dir", work_dir, "--cfg-options", *small(family, data), "train_cfg.max_epochs=1")
+    for arguments in (("test", family.path, checkpoint), ("train", family.path, "--resume", checkpoint)):
+        assert run(*arguments, *end) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"error: {checkpoint}: not a file of weights that can be read safely"), last
+        assert not trace.exists()
+    assert run("test", family.path, checkpoint, "--trust-checkpoint", *end) == 0
+    assert trace.exists()
+
+
 def test_missing_files_and_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
