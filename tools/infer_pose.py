@@ -16,6 +16,8 @@ from rich.progress import track
 sys.path[0] = str(Path.cwd())
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+from ic_conv.checkpoint import TRUST  # noqa: E402
+
 DEFAULT_CONFIG = "configs/human_pose/ic_res18_k9_drawn_256x256.py"
 EPILOG = """examples:
   python tools/infer_pose.py photo.jpg other.png            the last checkpoint of the config's work folder
@@ -47,6 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--score-thr", type=float, default=0.2, metavar="X", help="people below it are left out (default 0.2)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    parser.add_argument("--trust-checkpoint", action="store_true", help=TRUST)
     return parser.parse_args(argv)
 
 
@@ -54,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from ic_conv.openmmlab import runner
 
+    if args.trust_checkpoint:
+        print(f"warning: --trust-checkpoint: {TRUST}", file=sys.stderr)
     try:
         run(args)
     except (runner.ConfigError, ValueError, OSError) as error:
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = args.checkpoint or find_latest_checkpoint(str(work_dir))
     if checkpoint is None or not Path(checkpoint).is_file():
         raise ValueError(f"no checkpoint in {args.checkpoint or work_dir}: train first, or give --checkpoint")
-    estimator = PoseEstimator(config, checkpoint, args.device)
+    estimator = PoseEstimator(config, checkpoint, args.device, args.trust_checkpoint)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
     results, lines = [], []

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from mmengine.runner import Runner
 
 from ic_conv.openmmlab import processes
 from ic_conv.openmmlab._blame import explain, one_line
+from ic_conv.openmmlab._loading import only_weights
 from ic_conv.openmmlab.checkpoint_hook import AtomicCheckpointHook
 
 LIBRARIES = ("mmpretrain", "mmdet", "mmseg", "mmpose")
@@ -147,7 +147,7 @@ def train(config: Config, trust_checkpoint: bool = False) -> Runner:
     Raises:
         ConfigError: the config cannot run; raised before the first step.
     """
-    with _loading(trust_checkpoint), _explained(config) as start:
+    with _explained(config) as start, only_weights(config.get("load_from"), trust_checkpoint):
         runner = Runner.from_cfg(config)
         runner.register_hook(start, "HIGHEST")
         runner.train()
@@ -169,7 +169,7 @@ def test(config: Config, out: str | None = None, trust_checkpoint: bool = False)
         given = config.test_evaluator
         dump = {"type": "mmengine.DumpResults", "out_file_path": out}
         config.test_evaluator = [*(given if isinstance(given, list) else [given]), dump]
-    with _loading(trust_checkpoint), _explained(config) as start:
+    with _explained(config) as start, only_weights(config.get("load_from"), trust_checkpoint):
         runner = Runner.from_cfg(config)
         runner.register_hook(start, "HIGHEST")
         result = runner.test()
@@ -189,31 +189,11 @@ class _Start(Hook):
 
 
 @contextmanager
-def _loading(trust: bool) -> Iterator[None]:
-    """Keeps MMEngine from reading a file as a pickle when it holds more than weights and plain values."""
-    name, value = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0" if trust else "1"
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextmanager
 def _explained(config: Config) -> Iterator[_Start]:
     """Turns what goes wrong before the first step into one line that names the key."""
     start = _Start()
     try:
         yield start
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{config.get('load_from') or 'the checkpoint'}: not a file of weights that can be read safely; "
-            "--trust-checkpoint reads it as a pickle"
-        ) from error
     except _USER_ERRORS as error:
         if start.came:
             raise

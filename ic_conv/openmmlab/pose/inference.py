@@ -15,6 +15,7 @@ from mmpose.structures import PoseDataSample
 from mmpose.visualization import PoseLocalVisualizer
 
 from ic_conv._files import atomic_path
+from ic_conv.openmmlab._loading import only_weights
 
 
 class _Visualizer(PoseLocalVisualizer):
@@ -31,14 +32,25 @@ class PoseEstimator:
         config: with a bottom-up model and a test pipeline.
         checkpoint: weights of the whole model.
         device: where it runs.
+        trust_checkpoint: read the checkpoint as a pickle, which may run any code that its author put in.
+
+    Raises:
+        ValueError: the checkpoint holds more than weights, and is not trusted.
 
     Example:
         >>> estimator = PoseEstimator(Config.fromfile(CONFIG), "epoch_300.pth")
         >>> estimator.results(estimator.find_people("me.jpg"), image_id=1)[0]["score"]
     """
 
-    def __init__(self, config: Config, checkpoint: str | os.PathLike[str], device: str = "cpu") -> None:
-        self.model = init_model(config, str(checkpoint), device)
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: str | os.PathLike[str],
+        device: str = "cpu",
+        trust_checkpoint: bool = False,
+    ) -> None:
+        with only_weights(str(checkpoint), trust_checkpoint):
+            self.model = init_model(config, str(checkpoint), device)
         self.visualizer = _Visualizer(line_width=2, radius=3)
         self.visualizer.set_dataset_meta(self.model.dataset_meta)
 
