@@ -27,6 +27,7 @@ class ICResNet(resnet.ResNet, Backbone):
         pattern: a pattern file, or what stands in it. A relative path starts in the working directory or,
             like ``pattern_zoo/...``, beside the package.
         groups, base_width: 32 and 4 make a ResNeXt 32x4d, whose pattern counts groups.
+        base_channels: of the stem and of the first stage; fewer than 64 make a slim network.
         out_indices: stages (0 to 3) whose feature maps forward returns as a tuple.
         common: the options of `Backbone`.
 
@@ -44,11 +45,12 @@ class ICResNet(resnet.ResNet, Backbone):
         *,
         groups: int = 1,
         base_width: int = 4,
+        base_channels: int = 64,
         out_indices: Sequence[int] = ALL_STAGES,
         **common: Any,
     ) -> None:
         dilations = find_pattern(pattern)
-        options = _resnet_options(depth, groups, base_width, out_indices)
+        options = _resnet_options(depth, groups, base_width, base_channels, out_indices)
         super().__init__(**options)
         transform = None if dilations is None else partial(apply_pattern, pattern=dilations, inplace=True)
         self.set_up(partial(resnet.ResNet, **options), transform, **common)
@@ -69,7 +71,7 @@ class SuperResNet(resnet.ResNet, Backbone):
     Pretrained weights are those of a supernet, or plain ones, which stand at the centre of the grown kernels.
 
     Args:
-        depth, groups, base_width, out_indices, common: as in `ICResNet`.
+        depth, groups, base_width, base_channels, out_indices, common: as in `ICResNet`.
         kernel_size: size of the grown 3x3 kernels; 9 gives 16 candidate dilations, 13 gives 36.
 
     Example:
@@ -85,12 +87,13 @@ class SuperResNet(resnet.ResNet, Backbone):
         *,
         groups: int = 1,
         base_width: int = 4,
+        base_channels: int = 64,
         out_indices: Sequence[int] = ALL_STAGES,
         **common: Any,
     ) -> None:
         from search import convert_to_supernet
 
-        options = _resnet_options(depth, groups, base_width, out_indices)
+        options = _resnet_options(depth, groups, base_width, base_channels, out_indices)
         super().__init__(**options)
         grow = partial(convert_to_supernet, kernel_size=kernel_size, inplace=True)
         self.set_up(partial(resnet.ResNet, **options), grow, **common)
@@ -107,7 +110,9 @@ def _kernel_size(state: Mapping[str, Tensor]) -> int:
     return 3 if kernel is None else kernel.shape[-1]
 
 
-def _resnet_options(depth: int, groups: int, base_width: int, out_indices: Sequence[int]) -> dict[str, Any]:
+def _resnet_options(
+    depth: int, groups: int, base_width: int, base_channels: int, out_indices: Sequence[int]
+) -> dict[str, Any]:
     depths = {int(name.removeprefix("ic_resnet")): name for name in resnet.ARCHITECTURES if "x" not in name}
     block, layers, *_ = resnet.ARCHITECTURES[depths[one_of(depth, list(depths), "depth")]]
     width = 64 if groups == 1 else base_width
@@ -116,6 +121,7 @@ def _resnet_options(depth: int, groups: int, base_width: int, out_indices: Seque
         "layers": layers,
         "groups": groups,
         "width_per_group": width,
+        "width": base_channels,
         "out_indices": out_indices,
     }
 

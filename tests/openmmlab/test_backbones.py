@@ -74,6 +74,7 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     ("ours", "theirs"),
     [
         (lambda: ICResNet(18), lambda: ic_conv.ic_resnet18()),
+        (lambda: ICResNet(18, base_channels=8), lambda: ic_conv.ic_resnet18(width=8)),
         (lambda: ICResNet(18, R18), lambda: ic_conv.ic_resnet18(ROOT / R18)),
         (lambda: ICResNet(50, R50), lambda: ic_conv.ic_resnet50(ROOT / R50)),
         (lambda: ICResNet(101, groups=32, base_width=4), lambda: ic_conv.ic_resnext101_32x4d()),
