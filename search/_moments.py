@@ -210,12 +210,18 @@ class ConvSums(LayerSums):
 
     def _candidates(self, x: Tensor) -> Iterable[Tensor]:
         """Output of each candidate with its taps of the big kernel, without bias."""
-        layer, base = self.layer, self.space.base_kernel
-        flat = layer.weight.detach().to(x.dtype).flatten(2)
-        for dilation, taps in zip(self.space.candidates, self.space.taps.to(x.device), strict=True):
-            weight = flat[:, :, taps].unflatten(2, (base, base))
-            padding = tuple(d * (base // 2) for d in dilation)
-            yield F.conv2d(x, weight, None, layer.stride, padding, dilation, layer.groups)
+        layer, centre = self.layer, self.space.kernel // 2
+        weight = layer.weight.detach().to(x.dtype)
+        for dilation in self.space.candidates:
+            padding = [d * (self.space.base_kernel // 2) for d in dilation]
+            rows, columns = (
+                slice(centre - reach, centre + reach + 1, d)
+                for reach, d in zip(padding, dilation, strict=True)
+            )
+            # A slice is several times quicker than gathering `space.taps`.
+            yield F.conv2d(
+                x, weight[:, :, rows, columns], None, layer.stride, padding, dilation, layer.groups
+            )
 
 
 class InvolutionSums(LayerSums):
