@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -153,6 +156,30 @@ def test_networks_answer_alike_in_training_and_evaluation() -> None:
         assert ((train_map - eval_map).abs().mean() / train_map.std()).item() < 0.05
     # running variances start at 1: much smaller ones would be found too slowly
     assert min(norm.running_var.mean().item() for norm in norms) > 0.01
+
+
+@pytest.mark.slow
+def test_a_whole_step_of_the_flagship_on_a_cpu(drawn: Path, tmp_path: Path) -> None:
+    options = {
+        "train_dataloader.dataset.data_root": f"{drawn}/",
+        "train_dataloader.dataset.indices": 1,
+        "train_dataloader.batch_size": 1,
+        "train_dataloader.num_workers": 0,
+        "train_dataloader.persistent_workers": False,
+        "model.backbone.init_cfg": None,
+        "train_cfg.max_epochs": 1,
+        "default_hooks.checkpoint": None,
+        "default_hooks.logger.interval": 1,
+        **dict.fromkeys(("val_dataloader", "val_cfg", "val_evaluator")),
+    }
+    config = ROOT / "configs/human_pose/ic_res50_k13_coco_640x640.py"
+    train = [sys.executable, ROOT / "tools/train.py", config, "--work-dir", tmp_path, "--cfg-options"]
+    settings = [f"{key}={value}" for key, value in options.items()]
+    subprocess.run([*train, *settings], check=True, capture_output=True)
+    (step,) = losses(tmp_path)
+    assert all(math.isfinite(step[key]) for key in ("loss_kpt", "loss_pull", "loss_push"))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"one image of 640x640, forward, backward and Adam: {peak:.2f} GiB at most")
 
 
 @pytest.mark.parametrize("flip", [False, True])
