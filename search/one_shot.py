@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ic_conv.pattern import DilationPattern
-from search.compare import SUPERNET, slim_resnet
-from search.data import ScatteredDigits, build_loader
+from search.compare import SUPERNET, CompareOptions, trained
+from search.compare.setting import calibration
+from search.data import ScatteredDigits
 from search.engine import evaluate
-from search.engine.checkpoint import load_checkpoint
 from search.refit import warm_start
-from search.statistics import images_of
 from search.strategies import EDOStrategy, HandStrategy, RandomStrategy, SearchTask
-from search.supernet import convert_to_supernet
-from search.tasks import Task, wrap
+from search.tasks import Task
 
 
 def one_shot_scores(
@@ -31,13 +29,10 @@ def one_shot_scores(
     Raises:
         ValueError: the supernet is not there.
     """
-    supernet = convert_to_supernet(slim_resnet(), kernel, inplace=True)
-    task = wrap(supernet, ScatteredDigits.num_classes)
-    load_checkpoint(task, work_dir / f"seed{seed}" / f"{SUPERNET}.result" / "final.pt")
+    task = trained(CompareOptions(work_dir, kernel=kernel), seed, SUPERNET)
     val = ScatteredDigits("val", length=val_images)
-    data = ScatteredDigits(length=images, seed=seed + 1000)
-    batches = [images_of(batch) for batch in build_loader(data, 32)]
-    search = replace(SearchTask.of(supernet, seed=seed), batches=lambda: batches)
+    batches = calibration(seed, images)
+    search = replace(SearchTask.of(task.network, seed=seed), batches=lambda: batches)
     yield SUPERNET, {**evaluate(task, val, device="cpu"), "plain_share": 1.0}
     for strategy in (EDOStrategy(), EDOStrategy("refit"), RandomStrategy(), HandStrategy()):
         pattern = strategy.search(search)

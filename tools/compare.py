@@ -31,6 +31,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     digits.add_argument("--steps", type=int, default=600, help="training steps of each network (default 600)")
     digits.add_argument("--methods", help="comma-separated, of those that the table lists (default all)")
     digits.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
+    digits.add_argument("--first-seed", type=int, default=0, help="the others follow it (default 0)")
+    digits.add_argument(
+        "--against", metavar="METHOD", help="a column of the differences to this one, by seed"
+    )
+    digits.add_argument("--figure", type=Path, help="draw the scores against total compute, as SVG or PNG")
     digits.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     digits.add_argument("--work-dir", type=Path, default=Path("work_dirs/compare"), help="finished runs")
     planted = commands.add_parser("planted", help="one layer with known dilations")
@@ -77,36 +82,40 @@ def _progress() -> Progress:
 
 
 def _digits(args: argparse.Namespace) -> str:
-    from search.compare import SUPERNET, CompareOptions, compare, methods, table
+    from search.compare import CompareOptions, compare, draw, methods, table, with_cost, with_needs
 
     for name in ("steps", "seeds", "jobs"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     chosen = args.methods.split(",") if args.methods else list(methods())
-    if unknown := [name for name in chosen if name not in methods()]:
-        raise ValueError(f"unknown method {unknown[0]!r}; known ones: {', '.join(methods())}")
-    names = [SUPERNET, *chosen]
-    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    for name in (*chosen, *([args.against] if args.against else [])):
+        if name not in methods():
+            raise ValueError(f"unknown method {name!r}; known ones: {', '.join(methods())}")
+    if args.against and args.against not in chosen:
+        raise ValueError(f"{args.against} must be among the methods")
+    options = CompareOptions(args.work_dir, args.steps)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    every = with_needs(chosen)
     with _progress() as progress:
-        bar = progress.add_task("runs", total=len(names) * args.seeds)
-        for name, seed, result in compare(
-            CompareOptions(args.work_dir, args.steps), chosen, args.seeds, args.jobs
-        ):
-            results[name][seed] = result
+        bar = progress.add_task("runs", total=len(every) * args.seeds)
+        for name, seed, result in compare(options, every, seeds, args.jobs):
             progress.console.print(f"{name}, seed {seed}: mAP {result['mAP']:.1f}")
             progress.advance(bar)
-    return table({name: [runs[seed] for seed in sorted(runs)] for name, runs in results.items()})
+    results = {name: {seed: with_cost(name, seed, options) for seed in seeds} for name in chosen}
+    if args.figure:
+        draw(results, args.figure)
+    return table(results, args.against)
 
 
 def _oneshot(args: argparse.Namespace) -> str:
     from search.compare import table
     from search.one_shot import one_shot_scores
 
-    results: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, dict[int, dict[str, float]]] = {}
     with _progress() as progress:
         for seed in progress.track(range(args.seeds), description="supernets"):
             for name, score in one_shot_scores(args.work_dir, seed, args.calibration_images):
-                results.setdefault(name, []).append(score)
+                results.setdefault(name, {})[seed] = score
                 progress.console.print(f"{name}, seed {seed}: mAP {score['mAP']:.1f}")
     return table(results)
 

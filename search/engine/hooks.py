@@ -65,16 +65,23 @@ class StateHook(Hook):
         interval: steps between two states.
         interrupt: asked after each step.
         resume: take up the state at `path`, if there is one.
+        until: stop after this step, with its state saved; None: at the end.
     """
 
     priority = "VERY_LOW"  # after the schedulers' step
     identity = ("steps", "batch_size", "lr", "seed", "amp", "processes")
 
     def __init__(
-        self, path: Path, meta: Mapping[str, Any], interval: int, interrupt: Interrupt, resume: bool
+        self,
+        path: Path,
+        meta: Mapping[str, Any],
+        interval: int,
+        interrupt: Interrupt,
+        resume: bool,
+        until: int | None = None,
     ) -> None:
         self.path, self.meta, self.interval = path, meta, interval
-        self.interrupt, self.resume = interrupt, resume
+        self.interrupt, self.resume, self.until = interrupt, resume, until
 
     def before_run(self, runner: Any) -> None:
         if not (self.resume and self.path.exists()):
@@ -86,6 +93,7 @@ class StateHook(Hook):
         for scheduler, values in zip(runner.param_schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(values)
         runner.train_loop._iter = state["step"]  # as Runner.resume does; the loop skips the data order
+        runner.train_loop.stop_training = self.until is not None and state["step"] >= self.until
         torch.set_rng_state(state["cpu_rng"])
         device = device_of(runner.model)
         if device.type == "cuda" and state["gpu_rng"] is not None:
@@ -96,11 +104,13 @@ class StateHook(Hook):
     ) -> None:
         step = batch_idx + 1
         stop = self.interrupt.anywhere(device_of(runner.model))
-        due = step % self.interval == 0 and step < runner.max_iters
-        if (stop or due) and is_main_process():
+        due = step % self.interval == 0 or step == self.until
+        if (stop or (due and step < runner.max_iters)) and is_main_process():
             self.save(runner, step)
         if stop:
             raise KeyboardInterrupt
+        if step == self.until:
+            runner.train_loop.stop_training = True
 
     def save(self, runner: Any, step: int) -> None:
         device = device_of(runner.model)

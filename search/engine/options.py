@@ -22,6 +22,7 @@ class TrainOptions:
         work_dir: folder for checkpoints and the log, made if missing.
         config: MMEngine config file, see configs/search.
         steps: number of optimizer steps.
+        until: stop after this step, earlier than `steps`; the state is kept for a later call with `resume`.
         batch_size: images per step and process.
         lr: peak learning rate.
         seed: of weights not yet made, data order and random layers.
@@ -41,6 +42,7 @@ class TrainOptions:
     work_dir: str | os.PathLike[str]
     config: str | os.PathLike[str] = DEFAULT_CONFIG
     steps: int | None = None
+    until: int | None = None
     batch_size: int | None = None
     lr: float | None = None
     seed: int = 0
@@ -56,6 +58,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, least in (
             ("steps", 1),
+            ("until", 1),
             ("batch_size", 1),
             ("seed", 0),
             ("checkpoint_interval", 1),

@@ -34,9 +34,10 @@ def train(task: Task, dataset: Dataset[Any], options: TrainOptions) -> Path:
     """Trains `task` in place and returns the path of its final checkpoint.
 
     The work folder holds `final.pt` (state_dict and meta, all a user needs), while a training is under
-    way `state.pt` (what `resume` takes up, bit by bit on a CPU; removed at the end), and MMEngine's log
-    in `log/`. A finished run that is resumed returns at once. Under torchrun every process calls this
-    with the same options; `batch_size` counts for each, and all end with the same weights.
+    way `state.pt` (what `resume` takes up, bit by bit on a CPU; removed at the end, and returned where the
+    options stop the training earlier), and MMEngine's log in `log/`. A finished run that is resumed returns
+    at once. Under torchrun every process calls this with the same options; `batch_size` counts for each, and
+    all end with the same weights.
 
     Args:
         task: see `search.tasks`; moved to the device.
@@ -71,6 +72,8 @@ def train(task: Task, dataset: Dataset[Any], options: TrainOptions) -> Path:
             raise NonFiniteLossError(
                 f"{error}; start again with a lower lr than {meta['lr']}; {kept}"
             ) from None
+        if options.until is not None and options.until < meta["steps"]:
+            return state
         if is_main_process():
             write_checkpoint(final, {"state_dict": task.state_dict(), "meta": {**meta, "loss": loss}})
             state.unlink(missing_ok=True)
@@ -90,7 +93,9 @@ def _run(
     """Builds the Runner, trains, and leaves neither workers nor MMEngine's global instances behind."""
     work_dir = Path(options.work_dir)
     interrupt = Interrupt()
-    state = StateHook(work_dir / STATE, meta, config.checkpoint_interval, interrupt, options.resume)
+    state = StateHook(
+        work_dir / STATE, meta, config.checkpoint_interval, interrupt, options.resume, options.until
+    )
     progress = ProgressHook(Console() if options.progress and is_main_process() else None)
     model = _place(task, device, options)
     loader = build_loader(

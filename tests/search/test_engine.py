@@ -207,6 +207,19 @@ def test_interrupt_saves_the_completed_step_and_resume_ends_equal(tmp_path: Path
     assert same_weights(whole.state_dict(), resumed.state_dict())
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_training_stopped_between_goes_on_as_if_it_had_not(tmp_path: Path, calls: int) -> None:
+    train(whole := make_task(), DATA, options_for(tmp_path / "whole"))
+    options = options_for(tmp_path / "parts", resume=True)
+    for _ in range(calls):  # the second one finds all done
+        part = make_task()
+        assert train(part, DATA, replace(options, until=4)) == tmp_path / "parts/state.pt"
+    assert part.network.calls == (4 if calls == 1 else 0)
+    resumed = make_task()
+    assert train(resumed, DATA, options) == tmp_path / "parts/final.pt"
+    assert same_weights(whole.state_dict(), resumed.state_dict())
+
+
 def test_resume_skips_samples_without_making_them(tmp_path: Path) -> None:
     class Counting(ScatteredDigits):
         made: list[int]
@@ -290,6 +303,7 @@ def test_unwritable_work_dir(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"until": 0}, "until must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": -2}, "batch_size must be at least 1, got -2"),
         ({"workers": -1}, "workers must be at least 0"),

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods: where each one's pattern comes from, what its network starts from and what all of it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ic_conv.pattern import DilationPattern, LayerPattern
+from search.compare.setting import (
+    CALIBRATION,
+    PLAIN,
+    SUPERNET,
+    CompareOptions,
+    calibration,
+    calibration_samples,
+    slim_resnet,
+    trained,
+    training_flops,
+)
+from search.criteria import CRITERIA, DEFAULT_CRITERION
+from search.space import DilationSpace
+from search.strategies import STRATEGIES, EDOStrategy, GradientStrategy, PlainTask, SearchTask
+from search.supernet import convert_to_supernet
+from search.tasks import Task
+
+FOUND, REFIT = f"edo {DEFAULT_CRITERION}", " + refit"
+GRADIENT_IMAGES, GROWING_IMAGES = 2048, 256
+PatternMaker = Callable[[CompareOptions, int], DilationPattern]
+Grow = Callable[[Task, CompareOptions, int], DilationPattern]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a network comes about.
+
+    Args:
+        pattern: finds its pattern for a seed; None: it is plain.
+        needs: runs that must be finished before.
+        steps: of its own training, as a multiple of the comparison's.
+        supernet: it is the supernet itself.
+        refit: its weights start from the supernet's, fitted to the pattern.
+        plain_images, supernet_images: that the search sends through either network, forward and backward. A
+            pass that collects statistics costs less and counts as much.
+        grow: instead of `pattern`, finds one for the network itself when it has learned for an eighth of its
+            steps. The search takes its share of them.
+    """
+
+    pattern: PatternMaker | None = None
+    needs: tuple[str, ...] = ()
+    steps: int = 1
+    supernet: bool = False
+    refit: bool = False
+    plain_images: int = 0
+    supernet_images: int = 0
+    grow: Grow | None = None
+
+    def training_steps(self, options: CompareOptions) -> int:
+        steps = self.steps * options.steps
+        return steps if self.grow is None else max(2, steps - -(-self.plain_images // options.batch_size))
+
+    def flops(self, options: CompareOptions) -> float:
+        """Of the search and of its own training, without the runs that it needs."""
+        trained = self.training_steps(options) * options.batch_size
+        plain = self.plain_images + (0 if self.supernet else trained)
+        grown = self.supernet_images + CALIBRATION * self.refit + (trained if self.supernet else 0)
+        return plain * training_flops() + grown * training_flops(options.kernel)
+
+
+def methods() -> dict[str, Method]:
+    """All of them by name."""
+    patterned = {
+        **{
+            f"edo {name}": Method(partial(_by_edo, criterion=name), (SUPERNET,), supernet_images=CALIBRATION)
+            for name in CRITERIA
+        },
+        f"{FOUND} shuffled": Method(_shuffled, (SUPERNET,), supernet_images=CALIBRATION),
+        **{name: Method(partial(_by_strategy, name=name)) for name in ("hand", "uniform", "random")},
+        # Correlating an image's maps by Fourier transforms costs less than its passes.
+        "gradient": Method(_by_gradient, (PLAIN,), plain_images=2 * GRADIENT_IMAGES),
+    }
+    refitted = {
+        name + REFIT: replace(method, needs=tuple({SUPERNET, *method.needs}), refit=True)
+        for name, method in {PLAIN: Method(_plain), **patterned}.items()
+    }
+    grown = Method(steps=2, plain_images=2 * GROWING_IMAGES, grow=partial(_grown, images=GROWING_IMAGES))
+    return {
+        SUPERNET: Method(supernet=True),
+        PLAIN: Method(),
+        f"{PLAIN} x2 steps": Method(steps=2),
+        "gradient grown": grown,
+        **patterned,
+        **refitted,
+    }
+
+
+def pattern_of(name: str, seed: int, options: CompareOptions) -> DilationPattern:
+    """The pattern of a method, found once and kept, with the CPU seconds that it took in its meta."""
+    path = options.path(seed, f"{name.removesuffix(REFIT)}.json")
+    if not path.exists():
+        make = methods()[name].pattern
+        assert make is not None
+        start = time.process_time()
+        pattern = make(options, seed)
+        seconds = time.process_time() - start
+        replace(pattern, meta={**pattern.meta, "search_seconds": round(seconds, 2)}).save(path)
+    return DilationPattern.load(path)
+
+
+def shuffled(pattern: DilationPattern, seed: int) -> DilationPattern:
+    """The same dilations dealt out anew over all layers: keeps the mix, loses the place."""
+    pool = [dilation for layer in pattern.layers for dilation, count in layer.branches for _ in range(count)]
+    order = np.random.default_rng([seed, 1]).permutation(len(pool))
+    cards = iter(pool[index] for index in order)
+    layers = (
+        LayerPattern.from_assignment([next(cards) for _ in range(layer.units)], layer.name)
+        for layer in pattern.layers
+    )
+    return replace(pattern, layers=tuple(layers))
+
+
+def _by_edo(options: CompareOptions, seed: int, criterion: str = DEFAULT_CRITERION) -> DilationPattern:
+    batches = calibration(seed)
+    network = trained(options, seed, SUPERNET).network
+    task = replace(SearchTask.of(network, seed=seed), batches=lambda: batches)
+    return EDOStrategy(criterion).search(task)
+
+
+def _shuffled(options: CompareOptions, seed: int) -> DilationPattern:
+    return shuffled(pattern_of(FOUND, seed, options), seed)
+
+
+def _by_strategy(options: CompareOptions, seed: int, name: str) -> DilationPattern:
+    task = SearchTask.of(convert_to_supernet(slim_resnet(), options.kernel), seed=seed)
+    return STRATEGIES[name]().search(task)
+
+
+def _plain(options: CompareOptions, seed: int) -> DilationPattern:
+    pattern = _by_strategy(options, seed, "uniform")
+    layers = (LayerPattern.plain(layer.units, layer.name) for layer in pattern.layers)
+    return replace(pattern, layers=tuple(layers))
+
+
+def _by_gradient(options: CompareOptions, seed: int) -> DilationPattern:
+    return _grown(trained(options, seed, PLAIN), options, seed, GRADIENT_IMAGES)
+
+
+def _grown(task: Task, options: CompareOptions, seed: int, images: int) -> DilationPattern:
+    batches = calibration_samples(seed, images)
+    plain = PlainTask(task, task.network, lambda: batches, lambda model, x: model(**x, mode="loss")["loss"])
+    return GradientStrategy().search(SearchTask.of_plain(plain, DilationSpace(options.kernel), seed))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the methods, each made once: finished ones lie as JSON files in the work folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from ic_conv._files import write_text
+from ic_conv.convert import apply_pattern
+from ic_conv.pattern import DilationPattern
+from search.compare.catalogue import methods, pattern_of
+from search.compare.grow import train_growing
+from search.compare.setting import SUPERNET, CompareOptions, calibration, slim_resnet, task_of, trained
+from search.data import ScatteredDigits
+from search.engine import evaluate, train
+from search.engine.checkpoint import FINAL, STATE, read_checkpoint
+from search.refit import warm_start
+from search.supernet import convert_to_supernet
+from search.tasks import Task
+
+GROW_AFTER = 8  # a growing network is plain for this fraction of its steps
+OTHER_IMAGES = 500  # added to the seed of what is trained on from the supernet
+
+
+def run(name: str, seed: int, options: CompareOptions) -> dict[str, float]:
+    """The figures of one run, finished before or made now: `evaluate`'s, and the share of plain channels.
+
+    Raises:
+        ValueError: it was made with other options.
+    """
+    path = options.path(seed, f"{name}.result.json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"options": options.identity, **_make(name, seed, options)}
+        write_text(path, json.dumps(document, indent=2) + "\n")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document["options"] != options.identity:
+        raise ValueError(f"{path}: made with {document['options']}; choose another --work-dir")
+    return document["result"]
+
+
+def with_cost(name: str, seed: int, options: CompareOptions) -> dict[str, float]:
+    """A finished run's figures, and what it took with its search and all runs that it needed.
+
+    Returns:
+        What `run` does, `flops` (multiply-accumulates), and `seconds` of one core, nan where not recorded.
+    """
+    flops = seconds = 0.0
+    for one in with_needs([name]):
+        document = json.loads(options.path(seed, f"{one}.result.json").read_text(encoding="utf-8"))
+        flops += methods()[one].flops(options)
+        seconds += document.get("seconds") or float("nan")
+    return {**run(name, seed, options), "flops": flops, "seconds": seconds}
+
+
+def compare(
+    options: CompareOptions, names: Sequence[str], seeds: Sequence[int], jobs: int
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Makes the runs of the named methods, and what they need, in `jobs` processes; yields each when done."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    every = with_needs(names)
+    needed = list(dict.fromkeys(need for name in every for need in methods()[name].needs))
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        for group in (needed, [name for name in every if name not in needed]):
+            futures = {
+                pool.submit(run, name, seed, options): (name, seed) for seed in seeds for name in group
+            }
+            try:
+                for future in as_completed(futures):
+                    yield (*futures[future], future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def with_needs(names: Sequence[str]) -> list[str]:
+    """The names, and after each what it needs: no need has needs of its own."""
+    return list(dict.fromkeys(one for name in names for one in (name, *methods()[name].needs)))
+
+
+def _make(name: str, seed: int, options: CompareOptions) -> dict[str, Any]:
+    method = methods()[name]
+    pattern = None if method.pattern is None else pattern_of(name, seed, options)
+    training = options.training(seed, name, method.training_steps(options))
+    folder, steps = options.path(seed, f"{name}.result"), method.training_steps(options)
+    state, finished = folder / STATE, (folder / FINAL).exists()
+    begun = read_checkpoint(state)["step"] if state.exists() else 0
+    start = time.process_time()
+    task = _start(name, seed, options, pattern)
+    data = ScatteredDigits(seed=seed + OTHER_IMAGES * method.refit)
+    if method.grow is None:
+        train(task, data, training)
+    else:
+        grow, at = method.grow, max(1, steps // GROW_AFTER)
+        pattern = train_growing(task, data, training, at, lambda plain: grow(plain, options, seed))
+    # Of an interrupted training, only the last part was timed.
+    seconds = (time.process_time() - start) * steps / (steps - begun)
+    made = pattern if method.pattern else None
+    search = 0.0 if made is None else made.meta.get("search_seconds")
+    score = evaluate(task, ScatteredDigits("val", length=options.val_images), device="cpu")
+    shares = [1.0] if pattern is None else [layer.plain_share for layer in pattern.layers]
+    return {
+        "result": {**score, "plain_share": sum(shares) / len(shares)},
+        "seconds": None if finished or search is None else round(search + seconds, 1),
+    }
+
+
+def _start(name: str, seed: int, options: CompareOptions, pattern: DilationPattern | None) -> Task:
+    """The task before its training."""
+    method = methods()[name]
+    if method.refit:
+        assert pattern is not None
+        task, batches = trained(options, seed, SUPERNET), calibration(seed)
+        task.network = warm_start(task.network, pattern, lambda: batches, inplace=True)
+        return task
+    torch.manual_seed(seed)
+    network = slim_resnet()
+    if method.supernet:
+        network = convert_to_supernet(network, options.kernel, inplace=True)
+    elif pattern is not None:
+        network = apply_pattern(network, pattern, inplace=True)
+    return task_of(network)
