@@ -20,7 +20,8 @@ from ic_conv.ops.dispatch import Backend, BackendTable
 
 __all__ = ["IC_CONV2D", "Branches", "ICConv2dCall", "checked_call", "ic_conv2d"]
 
-FORWARD = {"triton": triton_ic_conv2d.forward, "numba": packed_ic_conv2d.NUMBA.run}
+# Each has the functions forward, grad_input and grad_weight.
+WITH_GRADIENTS: dict[str, Any] = {"triton": triton_ic_conv2d, "numba": packed_ic_conv2d}
 
 
 def ic_conv2d(call: ICConv2dCall, wanted: str | None = None) -> Tensor:
@@ -74,6 +75,10 @@ def _choose_for_graph(
 _choose_for_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _run_numba(call: ICConv2dCall) -> Tensor:
+    return _run_operator("numba", call) if call.needs_grad else packed_ic_conv2d.forward(call)
+
+
 def _run_operator(name: str, call: ICConv2dCall) -> Tensor:
     return _forward(call.x, call.weight, call.bias, _flat(call.branches), call.stride, call.relu, name)
 
@@ -90,7 +95,7 @@ IC_CONV2D: BackendTable[ICConv2dCall] = BackendTable(
     "ic_conv2d",
     (
         Backend("triton", triton_ic_conv2d.why_not, lambda call: _run_operator("triton", call)),
-        packed_ic_conv2d.NUMBA,
+        Backend("numba", packed_ic_conv2d.why_not, _run_numba),
         packed_ic_conv2d.PACKED,
         split_ic_conv2d.BACKEND,
     ),
@@ -108,23 +113,35 @@ def _forward(
     backend: str,
 ) -> Tensor:
     call = ICConv2dCall(x, weight, bias, _branches(branches), (stride[0], stride[1]), 1, relu)
-    return FORWARD[backend](call)
+    return WITH_GRADIENTS[backend].forward(call)
 
 
 @torch.library.custom_op("ic_conv::ic_conv2d_grad_input", mutates_args=())
 def _grad_input(
-    grad: Tensor, weight: Tensor, size: Sequence[int], branches: Sequence[int], stride: Sequence[int]
+    grad: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    branches: Sequence[int],
+    stride: Sequence[int],
+    backend: str,
 ) -> Tensor:
     options = (size[0], size[1]), _branches(branches), (stride[0], stride[1])
-    return triton_ic_conv2d.grad_input(grad, weight, *options)
+    grad_x = WITH_GRADIENTS[backend].grad_input(grad, weight, *options)
+    return grad_x.contiguous(memory_format=memory_format(grad))
 
 
 @torch.library.custom_op("ic_conv::ic_conv2d_grad_weight", mutates_args=())
 def _grad_weight(
-    grad: Tensor, x: Tensor, kernel: Sequence[int], branches: Sequence[int], stride: Sequence[int]
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    branches: Sequence[int],
+    stride: Sequence[int],
+    backend: str,
 ) -> Tensor:
     options = (kernel[0], kernel[1]), _branches(branches), (stride[0], stride[1])
-    return triton_ic_conv2d.grad_weight(grad, x, *options)
+    grad_weight = WITH_GRADIENTS[backend].grad_weight(grad, x, *options)
+    return grad_weight.contiguous(memory_format=memory_format(x))
 
 
 @_forward.register_fake
@@ -142,21 +159,23 @@ def _(grad: Tensor, weight: Tensor, size: Sequence[int], *_: Any) -> Tensor:
 
 @_grad_weight.register_fake
 def _(grad: Tensor, x: Tensor, kernel: Sequence[int], *_: Any) -> Tensor:
-    return x.new_empty((grad.shape[1], x.shape[1], *kernel))
+    shape = grad.shape[1], x.shape[1], *kernel
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.branches, ctx.stride = inputs[3:5]
+    branches, stride, _, backend = inputs[3:]
+    ctx.options = branches, stride, backend
 
 
 def _backward_of_forward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     by_x = by_weight = by_bias = None
     if ctx.needs_input_grad[0]:
-        by_x = _grad_input(grad, weight, x.shape[2:], ctx.branches, ctx.stride)
+        by_x = _grad_input(grad, weight, x.shape[2:], *ctx.options)
     if ctx.needs_input_grad[1]:
-        by_weight = _grad_weight(grad, x, weight.shape[2:], ctx.branches, ctx.stride)
+        by_weight = _grad_weight(grad, x, weight.shape[2:], *ctx.options)
     if ctx.needs_input_grad[2]:
         by_bias = grad.sum((0, 2, 3))
     return by_x, by_weight, by_bias, None, None, None, None
@@ -164,29 +183,33 @@ def _backward_of_forward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _save_of_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.branches, ctx.stride = inputs[3:]
+    ctx.options = inputs[3:]
 
 
 def _backward_of_grad_input(ctx: Any, grad_x: Tensor) -> tuple[Any, ...]:
     grad, weight = ctx.saved_tensors
-    options = ctx.branches, ctx.stride
     by_grad = by_weight = None
     if ctx.needs_input_grad[0]:
-        by_grad = _forward(grad_x, weight, None, *options, False, "triton")
+        by_grad = _forward_again(grad_x, weight, *ctx.options)
     if ctx.needs_input_grad[1]:
-        by_weight = _grad_weight(grad, grad_x, weight.shape[2:], *options)
-    return by_grad, by_weight, None, None, None
+        by_weight = _grad_weight(grad, grad_x, weight.shape[2:], *ctx.options)
+    return by_grad, by_weight, None, None, None, None
 
 
 def _backward_of_grad_weight(ctx: Any, grad_weight: Tensor) -> tuple[Any, ...]:
     grad, x = ctx.saved_tensors
-    options = ctx.branches, ctx.stride
     by_grad = by_x = None
     if ctx.needs_input_grad[0]:
-        by_grad = _forward(x, grad_weight, None, *options, False, "triton")
+        by_grad = _forward_again(x, grad_weight, *ctx.options)
     if ctx.needs_input_grad[1]:
-        by_x = _grad_input(grad, grad_weight, x.shape[2:], *options)
-    return by_grad, by_x, None, None, None
+        by_x = _grad_input(grad, grad_weight, x.shape[2:], *ctx.options)
+    return by_grad, by_x, None, None, None, None
+
+
+def _forward_again(
+    x: Tensor, weight: Tensor, branches: Sequence[int], stride: Sequence[int], backend: str
+) -> Tensor:
+    return _forward(x, weight, None, branches, stride, False, backend)
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_save)

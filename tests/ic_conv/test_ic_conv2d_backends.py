@@ -78,6 +78,30 @@ def test_cpu_forward(
     assert (rectified == 0).any()
 
 
+@pytest.mark.skipif("numba" not in CPU, reason="needs Numba")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("branches", "shape", "kernel", "stride"),
+    [*CASES, pytest.param(SMALL, (1, 112, 7, 6), 3, (2, 1), id="4 + 2 + 1 vectors of channels")],
+)
+def test_numba_gradients(
+    branches: Branches, shape: tuple[int, ...], kernel: Any, stride: Any, layout: torch.memory_format
+) -> None:
+    source = tensors(branches, shape, kernel, layout)
+    results = []
+    for name, dtype in (("numba", torch.float32), ("split", torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in source]
+        y = ic_conv2d(*leaves, branches, stride, backend=name)
+        first = torch.autograd.grad((y**3).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((grad**2).sum() for grad in first), leaves[:2])
+        if y[0, 0].numel() > 1:  # else the two formats are one
+            assert all(grad.is_contiguous(memory_format=layout) for grad in first[:2])
+        results.append((y, *first, *second))
+    for single, double in zip(*results, strict=True):
+        scale = double.detach().abs().max()  # the table's tolerance is for size one
+        assert_near(single.detach() / scale, double.detach() / scale)
+
+
 @pytest.mark.parametrize("name", CPU)
 def test_cpu_keeps_nan_in_its_window(name: str) -> None:
     x, weight, _ = (t.float() for t in tensors(SMALL, (1, 16, 11, 11), 3, LAST))
@@ -139,11 +163,12 @@ def call(
     packs: dict[Any, Any] | None = None,
     groups: int = 1,
     size: int = 8,
+    relu: bool = False,
 ) -> Any:
     out = sum(count for _, count in branches) * (1 if groups == 1 else channels // groups)
     weight = torch.zeros(out, channels // groups, 3, 3, dtype=dtype, requires_grad=grad)
     x = torch.zeros(1, channels, size, size, dtype=dtype)
-    return checked_call(x, weight, None, branches, 1, groups, packs=packs)
+    return checked_call(x, weight, None, branches, 1, groups, relu, packs)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton stands first when it is interpreted")
@@ -156,12 +181,17 @@ def call(
         ({"channels": 20}, None, "split"),
         ({"dtype": torch.float64}, None, "split"),
         ({"dtype": torch.bfloat16, "packs": {}}, None, "split"),
-        ({"grad": True, "packs": {}}, None, "split"),
+        ({"grad": True}, None, "numba"),
+        ({"grad": True, "packs": {}}, "no Numba", "split"),
+        ({"grad": True, "branches": (((2, 2), 64),)}, None, "split"),
+        ({"grad": True, "branches": STEPS, "size": 512}, None, "numba"),
         ({"branches": (((1, 1), 4), ((2, 2), 4)), "groups": 8, "packs": {}}, None, "split"),
         ({"branches": (((2, 2), 64),)}, None, "split"),
         ({"branches": (((2, 2), 64),), "packs": {}}, None, "packed"),
         ({"branches": STEPS}, None, "numba"),  # small pieces: a call of oneDNN each would cost more
-        ({"branches": STEPS, "size": 128}, None, "split"),
+        ({"branches": STEPS, "size": 512}, None, "split"),
+        ({"branches": STEPS, "size": 128}, None, "numba"),  # it would have to order the weights first
+        ({"branches": STEPS, "size": 128, "packs": {}}, None, "packed"),
     ],
 )
 def test_choice(
@@ -175,7 +205,8 @@ def test_choice(
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("numba", {"grad": True}, "no gradients"),
+        ("numba", {"grad": True, "relu": True}, "relu for inference only"),
+        ("packed", {"grad": True, "packs": {}}, "no gradients"),
         ("numba", {"channels": 20}, "multiples of 16, got 20"),
         ("packed", {}, "ic_conv.fuse"),
         ("packed", {"dtype": torch.float64, "packs": {}}, "float64"),
