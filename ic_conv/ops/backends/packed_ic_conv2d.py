@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 STEP = 16  # output channels of a register with AVX-512; a multiple of other registers' 4 and 8
 LEFT_OVER = 12  # more channels than this are a whole step: the kernel would take longer
-# Multiply-adds per thread for which oneDNN, quicker once it runs, is worth its call: with kept weights, and if
-# it has to order them first.
+# Multiply-adds per thread for which oneDNN, quicker once it runs, is worth its call: with kept weights, and
+# where it has to order them first.
 LARGE, LARGE_UNORDERED = 8e6, 1e8
 LANES = 16  # input channels that the kernel reads at once
 SPAN = 48  # output pixels of one branch that a thread computes before it asks for more work
