@@ -34,6 +34,18 @@ def assign_argmin(errors: NDArray[np.float64], space: DilationSpace, name: str |
     return LayerPattern.from_assignment([space.candidates[index] for index in best], name)
 
 
+def best_candidates(errors: NDArray[np.float64], count: int, name: str | None = None) -> NDArray[np.bool_]:
+    """Which candidates are a unit's `count` best: bool (units, candidates); of equal ones the first.
+
+    Raises:
+        ValueError: an error is not finite.
+    """
+    order = _checked(errors, name).argsort(axis=1, kind="stable")
+    best = np.zeros(errors.shape, dtype=bool)
+    np.put_along_axis(best, order[:, :count], True, axis=1)
+    return best
+
+
 def assign_within(
     errors: NDArray[np.float64],
     candidates: Sequence[Dilation],

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -42,7 +42,10 @@ def prepare_task(options: SearchOptions) -> Prepared:
     init_default_scope(config.default_scope)
     with _explained(config, path):
         model = MODELS.build(config.model)
-        batches = _Calibration(config, model, options)
+        loader = _loader(config, options)
+        images = min(options.calibration_images, len(loader.dataset))
+        count = -(-images // loader.batch_sampler.batch_size)
+        batches = TaskBatches(model, lambda: loader, count, options.train.seed)
     backbone = getattr(model, "backbone", model)
     if not super_layers(backbone) and not options.finder.needs_plain:
         raise ValueError(
@@ -57,7 +60,7 @@ def prepare_task(options: SearchOptions) -> Prepared:
         search = SearchTask.of(backbone, seed=seed)
     search = replace(search, batches=lambda: batches)
     options.finder.check(search)
-    dataset = batches.loader.dataset
+    dataset = loader.dataset
     origin = f"data: {type(dataset).__name__}, {len(dataset)} images\ntask: {path}"
     return Prepared(model, dataset, search, origin)
 
@@ -72,19 +75,20 @@ def backbone_config(path: str | os.PathLike[str], pattern: Path, weights: Path |
     return f"dict({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
-class _Calibration(Iterable[Tensor]):
-    """Batches as the training pipeline gives them to the network, the same ones in every pass."""
+class TaskBatches(Iterable[Tensor]):
+    """Batches as the training pipeline gives them to the network, the same ones in every pass.
 
-    def __init__(self, config: Config, model: BaseModel, options: SearchOptions) -> None:
-        self.model, self.seed = model, options.train.seed
-        settings = config.train_dataloader.copy()
-        settings.persistent_workers = False
-        # an InfiniteSampler would be used up after one pass
-        settings.sampler = {"type": "DefaultSampler", "shuffle": True}
-        settings.batch_size = options.train.batch_size or settings.batch_size
-        self.loader = Runner.build_dataloader(settings, seed=self.seed)
-        images = min(options.calibration_images, len(self.loader.dataset))
-        self.batches = -(-images // settings.batch_size)
+    Args:
+        model: its preprocessor makes images of them.
+        loader: gives the data loader of a pass, in an order that is always the same.
+        batches: how many of it are taken.
+        seed: of what the pipeline draws.
+    """
+
+    def __init__(
+        self, model: BaseModel, loader: Callable[[], Iterable[Any]], batches: int, seed: int
+    ) -> None:
+        self.model, self.loader, self.batches, self.seed = model, loader, batches, seed
 
     def __len__(self) -> int:
         return self.batches
@@ -96,7 +100,16 @@ class _Calibration(Iterable[Tensor]):
     def samples(self) -> Iterator[Any]:
         """Batches as the data loader gives them, with targets."""
         set_random_seed(self.seed)  # crops and flips are drawn as in the training
-        yield from islice(self.loader, self.batches)
+        yield from islice(self.loader(), self.batches)
+
+
+def _loader(config: Config, options: SearchOptions) -> Any:
+    settings = config.train_dataloader.copy()
+    settings.persistent_workers = False
+    # an InfiniteSampler would be used up after one pass
+    settings.sampler = {"type": "DefaultSampler", "shuffle": True}
+    settings.batch_size = options.train.batch_size or settings.batch_size
+    return Runner.build_dataloader(settings, seed=options.train.seed)
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:

@@ -19,6 +19,7 @@ from ic_conv._modes import evaluating
 from ic_conv.convert import apply_pattern, units_of
 from ic_conv.pattern import DilationPattern, LayerPattern
 from search.autocorrelation import RIDGE, SecondMoments
+from search.sharing import owners, send
 from search.statistics import ConvMoments, collect, images_of
 from search.supernet import space_of, super_layers
 
@@ -59,14 +60,28 @@ def warm_start(
     """
     if init not in ("crop", "refit"):
         raise ValueError(f"a warm start must be one of crop, refit; got {init!r}")
-    grown = super_layers(supernet)
-    bound = pattern.bind([(name, units_of(layer)) for name, layer in grown.items()])
+    bound = _bound(supernet, pattern)
     network = supernet if inplace else copy.deepcopy(supernet)
     if init == "refit":
         _fit_weights(network, bound, batches(), ridge)
-    network = apply_pattern(network, bound, filter_fn=lambda module, name: name in grown, inplace=True)
+    network = crop(network, bound)
     estimate_batch_norms(network, batches())
     return network
+
+
+def crop(supernet: nn.Module, pattern: DilationPattern) -> nn.Module:
+    """Turns a supernet into the network with the pattern: each channel keeps the taps of its dilation.
+
+    Raises:
+        ValueError: the pattern does not fit the supernet.
+    """
+    grown = super_layers(supernet)
+    bound = _bound(supernet, pattern)
+    return apply_pattern(supernet, bound, filter_fn=lambda module, name: name in grown, inplace=True)
+
+
+def _bound(supernet: nn.Module, pattern: DilationPattern) -> DilationPattern:
+    return pattern.bind([(name, units_of(layer)) for name, layer in super_layers(supernet).items()])
 
 
 def estimate_batch_norms(network: nn.Module, batches: Iterable[Any]) -> None:
@@ -105,12 +120,14 @@ def estimate_batch_norms(network: nn.Module, batches: Iterable[Any]) -> None:
 def _fit_weights(supernet: nn.Module, pattern: DilationPattern, batches: Iterable[Any], ridge: float) -> None:
     """Puts fitted values on the taps of each grown kernel that the pattern keeps."""
     space, layers = space_of(supernet), super_layers(supernet)
-    moments = collect(supernet, batches, space, correlations=True)
+    moments = collect(supernet, batches, space, correlations=True, shared=True)
     for layer_pattern in pattern.layers:
         name = str(layer_pattern.name)
         moment = moments.pop(name)  # let go of once used
         if isinstance(moment, ConvMoments) and moment.second is not None:
             _fit_layer(layers[name], layer_pattern, moment.second, ridge)
+    for name, owner in owners(layers).items():
+        send(layers[name].parameters(), owner)
 
 
 def _fit_layer(layer: nn.Module, pattern: LayerPattern, second: SecondMoments, ridge: float) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -27,6 +29,7 @@ from search.data import FolderImages, ScatteredDigits, build_loader
 from search.engine import TrainOptions, train
 from search.engine.checkpoint import FINAL, STATE, load_weights, write_checkpoint
 from search.engine.options import resolve_device
+from search.engine.train import _processes
 from search.refit import INITS, Init, warm_start
 from search.report import draw_pattern
 from search.space import DilationSpace
@@ -223,6 +226,11 @@ def _dataset(options: SearchOptions, split: str = "train") -> FolderImages | Sca
     return FolderImages(options.data, split, image_size=size, seed=seed, skip_bad=options.skip_bad)
 
 
+def processes(options: SearchOptions) -> AbstractContextManager[None]:
+    """Within the block torchrun's processes know of each other: they share training and statistics."""
+    return _processes(options.train.launcher, resolve_device(options.train.device))
+
+
 def search_pattern(options: SearchOptions, prepared: Prepared) -> DilationPattern:
     """Trains the network where the strategy needs it, and returns the pattern with its provenance."""
     if trained := options.trains:
@@ -274,7 +282,8 @@ def write_weights(options: SearchOptions, prepared: Prepared, pattern: DilationP
     assert source is not None
     network = warm_start(source, pattern, prepared.search.batches, init=options.init, inplace=True)
     meta = {"init": options.init, "pattern": options.pattern_path.name}
-    write_checkpoint(options.weights_path, {"state_dict": network.state_dict(), "meta": meta})
+    if is_main_process():
+        write_checkpoint(options.weights_path, {"state_dict": network.state_dict(), "meta": meta})
     return options.weights_path
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ic_conv._modes import evaluating
 from search._moments import ConvMoments, ConvSums, InvolutionSums, LayerMoments, LayerSums
+from search.sharing import own
 from search.space import DilationSpace
 from search.supernet import SuperConv2d, super_layers
 
@@ -30,6 +31,7 @@ def collect(
     *,
     residuals: bool = False,
     correlations: bool = False,
+    shared: bool = False,
 ) -> dict[str, LayerMoments]:
     """Runs the batches through the supernet in eval mode and returns the moments of each grown layer.
 
@@ -44,6 +46,7 @@ def collect(
             of weights need. Means are removed where a bias or a later batch norm makes up for them, that is
             if the layer has a bias or the network has batch norms. Batches are put together to about 32
             images, since each costs the same.
+        shared: collect `second` only of the layers that are this process's, see `search.sharing`.
 
     Raises:
         ValueError: no batch, no grown layer, or one that the network never ran.
@@ -53,8 +56,9 @@ def collect(
         raise ValueError("the network has no grown layer: make a supernet with convert_to_supernet first")
     device = next(supernet.parameters()).device
     normed = any(isinstance(module, _BatchNorm) for module in supernet.modules())
+    second = () if not correlations else own(layers) if shared else layers
     sums: dict[str, LayerSums] = {
-        name: ConvSums(name, layer, space, residuals, correlations, normed or layer.bias is not None)
+        name: ConvSums(name, layer, space, residuals, name in second, normed or layer.bias is not None)
         if isinstance(layer, SuperConv2d)
         else InvolutionSums(name, layer, space, residuals)
         for name, layer in layers.items()

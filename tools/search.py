@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 if TYPE_CHECKING:
+    from ic_conv.pattern import DilationPattern
     from search.assignment import BranchLimits
-    from search.run import SearchOptions
+    from search.run import Prepared, SearchOptions
 
 # Python puts this script's folder first, where the script itself would pass for the package `search`;
 # the working folder comes instead, so that --arch finds the user's own modules.
@@ -267,8 +268,7 @@ def keep_freed_memory() -> None:
 
 def run(args: argparse.Namespace) -> None:
     from search.plan import describe, describe_cost, measure_cost
-    from search.report import record_run, report_run
-    from search.run import prepare, search_pattern, write_results, write_weights
+    from search.run import prepare, processes, search_pattern, write_weights
 
     started = time.monotonic()
     options = build_options(args)
@@ -286,28 +286,14 @@ def run(args: argparse.Namespace) -> None:
         return track(batches, "calibrating", total=len(batches), console=console, transient=True)  # type: ignore[arg-type]
 
     prepared = replace(prepared, search=replace(prepared.search, batches=shown))  # type: ignore[arg-type]
-    pattern = search_pattern(options, prepared)
-    if not first:
-        return
-    picture = write_results(pattern, options.pattern_path)
-    log = Path(options.checkpoint).parent if options.checkpoint else options.train.work_dir
-    record = record_run(
-        pattern,
-        prepared.search,
-        log if options.trains or options.finder.needs_supernet else None,
-        shlex.join(["python", *sys.argv]),
-        time.monotonic() - started,
-    )
-    report = report_run(pattern, record, options.pattern_path)
-    console.print(f"\n{pattern.summary()}\n")
-    if options.strategy == "pareto":
-        console.print((options.front_path / "front.md").read_text(encoding="utf-8"), markup=False)
-        console.print(f"front    {options.front_path}")
-    console.print(f"pattern  {options.pattern_path}\npicture  {picture}\nreport   {report}")
-    weights = None
-    if options.init != "scratch":
-        weights = write_weights(options, prepared, pattern)
-        console.print(f"weights  {weights}")
+    with processes(options):
+        pattern = search_pattern(options, prepared)
+        if first:
+            show_results(options, prepared, pattern, time.monotonic() - started, console)
+        weights = None
+        if options.init != "scratch":
+            weights = write_weights(options, prepared, pattern)
+            console.print(f"weights  {weights}")
     console.print("\nUse it:")
     if options.task_config is None:
         console.print(next_command(args.arch, options.pattern_path, weights), markup=False)
@@ -317,6 +303,30 @@ def run(args: argparse.Namespace) -> None:
         console.print(
             f"  backbone={backbone_config(options.task_config, options.pattern_path, weights)}", markup=False
         )
+
+
+def show_results(
+    options: SearchOptions, prepared: Prepared, pattern: DilationPattern, seconds: float, console: Console
+) -> None:
+    """Writes pattern, picture and report, and says where they are."""
+    from search.report import record_run, report_run
+    from search.run import write_results
+
+    picture = write_results(pattern, options.pattern_path)
+    log = Path(options.checkpoint).parent if options.checkpoint else options.train.work_dir
+    record = record_run(
+        pattern,
+        prepared.search,
+        log if options.trains or options.finder.needs_supernet else None,
+        shlex.join(["python", *sys.argv]),
+        seconds,
+    )
+    report = report_run(pattern, record, options.pattern_path)
+    console.print(f"\n{pattern.summary()}\n")
+    if options.strategy == "pareto":
+        console.print((options.front_path / "front.md").read_text(encoding="utf-8"), markup=False)
+        console.print(f"front    {options.front_path}")
+    console.print(f"pattern  {options.pattern_path}\npicture  {picture}\nreport   {report}")
 
 
 def next_command(arch: str, path: Path, weights: Path | None = None) -> str:

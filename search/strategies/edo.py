@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from ic_conv.pattern import DilationPattern
-from search.assign import assign_argmin, assign_within, unit_errors
+from search.assign import assign_argmin, assign_within, best_candidates, unit_errors
 from search.assignment import BranchLimits, UnitLimits
 from search.criteria import DEFAULT_CRITERION, criterion, needs_correlations, needs_residuals
+from search.sharing import gathered, own
 from search.statistics import LayerMoments, collect
 from search.strategies.base import SearchTask, Strategy
 from search.supernet import SuperInvolution2d, super_layers
@@ -24,6 +27,7 @@ class EDOStrategy(Strategy):
     Args:
         criterion: what "best" means, see `search.criteria`.
         limits: sizes and number of branches that run fast; by default there are none, as in the paper.
+        kept: candidates that a unit may take, bool (units, candidates) by layer; by default all.
 
     Raises:
         ValueError: the criterion is unknown.
@@ -32,9 +36,14 @@ class EDOStrategy(Strategy):
     name = "edo"
     needs_supernet = True
 
-    def __init__(self, criterion: str = DEFAULT_CRITERION, limits: BranchLimits | None = None) -> None:
+    def __init__(
+        self,
+        criterion: str = DEFAULT_CRITERION,
+        limits: BranchLimits | None = None,
+        kept: Mapping[str, NDArray[np.bool_]] | None = None,
+    ) -> None:
         self.residuals, self.correlations = needs_residuals(criterion), needs_correlations(criterion)
-        self.criterion, self.limits = criterion, limits or BranchLimits()
+        self.criterion, self.limits, self.kept = criterion, limits or BranchLimits(), kept or {}
 
     def check(self, task: SearchTask) -> None:
         self._unit_limits(task)
@@ -44,31 +53,26 @@ class EDOStrategy(Strategy):
                 raise ValueError(f"{name}: the criterion refit is for convolutions, this is an involution")
 
     def search(self, task: SearchTask) -> DilationPattern:
-        if task.supernet is None:
-            raise ValueError("the strategy edo needs a trained supernet, got none")
-        moments = collect(
-            task.supernet,
-            task.batches(),
-            task.space,
-            residuals=self.residuals,
-            correlations=self.correlations,
-        )
-        return self.from_moments(task, moments)
+        return self.from_moments(task, self._collect(task))
+
+    def narrowed(self, task: SearchTask, count: int) -> dict[str, NDArray[np.bool_]]:
+        """The `count` best candidates of each unit, bool (units, candidates) by layer."""
+        errors = self._errors(task, self._collect(task))
+        return {name: best_candidates(self._allowed(name, of), count, name) for name, of in errors.items()}
 
     def from_moments(self, task: SearchTask, moments: dict[str, LayerMoments]) -> DilationPattern:
         """The pattern for moments that were collected before. Costs no forward pass."""
-        errors_of = criterion(self.criterion)
         limits = self._unit_limits(task)
         layers, mean_errors, of_candidates, gaps = [], {}, {}, {}
-        for name, units in task.units.items():
-            errors = unit_errors(errors_of(moments[name], task.space), units)
+        for name, errors in self._errors(task, moments).items():
+            allowed = self._allowed(name, errors)
             if self.limits.free:
-                layer, total = assign_argmin(errors, task.space, name), errors.min(axis=1).sum()
+                layer, total = assign_argmin(allowed, task.space, name), allowed.min(axis=1).sum()
             else:
-                layer, solution = assign_within(errors, task.space.candidates, limits[name], name)
+                layer, solution = assign_within(allowed, task.space.candidates, limits[name], name)
                 total, gaps[name] = solution.total, round(solution.gap, 6)
             layers.append(layer)
-            mean_errors[name] = round(float(total / units), 6)
+            mean_errors[name] = round(float(total / len(errors)), 6)
             of_candidates[name] = errors.mean(axis=0).round(6).tolist()
         pattern = DilationPattern(tuple(layers), task.space.kernel, task.space.base_kernel)
         strides = {name: moment.stride for name, moment in moments.items()}
@@ -81,6 +85,36 @@ class EDOStrategy(Strategy):
         return replace(
             pattern, meta=meta | ({"limits": asdict(self.limits), "layer_gap": gaps} if gaps else {})
         )
+
+    def _collect(self, task: SearchTask) -> dict[str, LayerMoments]:
+        if task.supernet is None:
+            raise ValueError("the strategy edo needs a trained supernet, got none")
+        return collect(
+            task.supernet,
+            task.batches(),
+            task.space,
+            residuals=self.residuals,
+            correlations=self.correlations,
+            shared=True,
+        )
+
+    def _errors(
+        self, task: SearchTask, moments: Mapping[str, LayerMoments]
+    ) -> dict[str, NDArray[np.float64]]:
+        """By layer: (units, candidates)."""
+        errors_of = criterion(self.criterion)
+
+        def of(name: str) -> NDArray[np.float64]:
+            return unit_errors(errors_of(moments[name], task.space), task.units[name])
+
+        if not self.correlations:
+            return {name: of(name) for name in task.units}
+        found = gathered({name: of(name) for name in own(task.units)})
+        return {name: found[name] for name in task.units}
+
+    def _allowed(self, name: str, errors: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The errors, larger than any where a unit may not take the candidate."""
+        return errors if name not in self.kept else np.where(self.kept[name], errors, errors.max() + 1)
 
     def _unit_limits(self, task: SearchTask) -> dict[str, UnitLimits]:
         """The limits in units of each layer.

@@ -73,10 +73,11 @@ def test_a_strategy_without_supernet_trains_one_for_the_weights(folder: Path) ->
     assert "supernet_sha256" in DilationPattern.load(folder / "run/tiny_k9.json").meta
 
 
-def test_two_processes_write_what_one_writes(folder: Path) -> None:
+@pytest.mark.parametrize("criterion", ["energy", "refit"])
+def test_two_processes_write_what_one_writes(criterion: str, folder: Path) -> None:
     assert search(folder).returncode == 0
     options = ["--calibration-images", "48", "--checkpoint", "run/final.pt"]
-    options += ["--criterion", "refit", "--init", "refit"]
+    options += ["--criterion", criterion, "--init", "refit"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = [*command(*options, "--output", "one/p.json")]

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search within a training: real Runners on a small network, also killed and resumed.
+
+Run as a script, this file is one of two processes: WORK_DIR.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+
+pytest.importorskip("mmengine", reason="MMEngine is not installed")
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel, ImgDataPreprocessor
+from mmengine.runner import Runner
+
+import ic_conv.openmmlab  # noqa: F401 (registers the hook)
+from ic_conv import DilationPattern, ICConv2d, ic_resnet18
+from search import convert_to_supernet
+from search.in_training import kept_counts
+from search.refit import warm_start
+from search.supernet import SuperConv2d, super_layers
+
+ADAM = {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.1}
+SGD = {"type": "SGD", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
+
+
+class Images(torch.utils.data.Dataset[Any]):
+    metainfo: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, count: int = 8) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 255, (count, 3, 32, 32), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"inputs": self.images[index], "data_samples": index}
+
+
+class Model(BaseModel):
+    def __init__(self, network: nn.Module | None = None) -> None:
+        super().__init__(ImgDataPreprocessor(mean=[127.0], std=[60.0]))
+        torch.manual_seed(0)
+        plain = ic_resnet18(width=4, out_indices=(0, 1, 2, 3))
+        self.backbone: Any = convert_to_supernet(plain, 9) if network is None else network
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "loss") -> Any:
+        scores = self.head(self.backbone(inputs)[-1].mean((2, 3)))
+        return {"loss": nn.functional.cross_entropy(scores, torch.as_tensor(data_samples))}
+
+
+class Call(Hook):
+    """Calls a function after epochs, before or after the search."""
+
+    def __init__(self, priority: str, work: Callable[[Any], None]) -> None:
+        self.priority, self.work = priority, work
+
+    def after_train_epoch(self, runner: Any) -> None:
+        self.work(runner)
+
+
+def train(
+    folder: Path, hooks: list[Any], epochs: int = 2, resume: bool = False, model: Model | None = None,
+    optimizer: dict[str, Any] = ADAM, train_cfg: dict[str, Any] | None = None, **options: Any,
+) -> Runner:  # fmt: skip
+    sampler = {"type": "DefaultSampler" if train_cfg is None else "InfiniteSampler", "shuffle": True}
+    runner = Runner(
+        model or Model(),
+        str(folder),
+        train_dataloader={"batch_size": 4, "num_workers": 0, "dataset": Images(), "sampler": sampler},
+        train_cfg=train_cfg or {"by_epoch": True, "max_epochs": epochs},
+        optim_wrapper={"optimizer": optimizer, "paramwise_cfg": {"norm_decay_mult": 0.0}},
+        param_scheduler={"type": "MultiStepLR", "milestones": [1], "gamma": 0.5},
+        default_hooks={
+            "checkpoint": {"type": "CheckpointHook", "interval": 1, "by_epoch": train_cfg is None}
+        },
+        custom_hooks=hooks,
+        randomness={"seed": 0},
+        resume=resume,
+        experiment_name=uuid.uuid4().hex,
+        log_level="ERROR",
+        **options,
+    )
+    runner.train()
+    return runner
+
+
+def search(**options: Any) -> dict[str, Any]:
+    return {"type": "DilationSearchHook", "calibration_batches": 2, "init": "crop", **options}
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+@pytest.mark.parametrize("init", ["crop", "refit"])
+def test_the_training_ends_with_the_found_network(init: str, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    spy = Call("VERY_HIGH", lambda runner: seen.append(copy.deepcopy(runner.model)))
+    runner = train(tmp_path, [search(init=init), spy])
+    pattern = DilationPattern.load(tmp_path / "pattern.json")
+    assert len(pattern.layers) == 16 and pattern.kernel == 9 and pattern.layers[0].assignment
+    assert pattern.meta["criterion"] == "energy" and pattern.meta["training"] == {"epochs": 2}
+    assert isinstance(seen[-1].backbone.layer1[0].conv1, SuperConv2d)
+    order = RandomSampler(range(8), generator=torch.Generator().manual_seed(0))
+    images = (torch.stack([Images()[index]["inputs"] for index in order]) - 127.0) / 60.0
+    expected = warm_start(seen[-1].backbone, pattern, lambda: images.split(4), init=init)  # type: ignore[arg-type]
+    found = runner.model.backbone
+    assert not super_layers(found) and sum(isinstance(m, ICConv2d) for m in found.modules()) == 16
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), value)
+    saved = {key.removeprefix("backbone."): value for key, value in weights(tmp_path / "epoch_2.pth").items()}
+    fresh = ic_resnet18(tmp_path / "pattern.json", width=4, out_indices=(0, 1, 2, 3))
+    fresh.load_state_dict({key: value for key, value in saved.items() if not key.startswith("head.")})
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(images)[-1], found.eval()(images)[-1])
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
+def test_the_optimizers_state_goes_along_element_by_element(
+    optimizer: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each element of the state is made a function of its weight: so it must still be after the switch."""
+    groups: list[Any] = []
+
+    def plant(runner: Any) -> None:
+        if runner.epoch == 0:
+            inner = runner.optim_wrapper.optimizer
+            for parameter, state in inner.state.items():
+                for factor, key in enumerate(sorted(set(state) - {"step"}), 2):
+                    state[key] = factor * parameter.detach().clone() + 1
+            groups.append(described(runner))
+
+    def described(runner: Any) -> Any:
+        names = {parameter: name for name, parameter in runner.model.named_parameters()}
+        inner = runner.optim_wrapper.optimizer
+        settings = ({**group, "params": [names[p] for p in group["params"]]} for group in inner.param_groups)
+        return list(settings)
+
+    def check(runner: Any) -> None:
+        if runner.epoch == 0:
+            inner = runner.optim_wrapper.optimizer
+            assert len(inner.state) == len(list(runner.model.parameters()))
+            for parameter in runner.model.parameters():
+                state = inner.state[parameter]
+                keys = sorted(set(state) - {"step"})
+                assert keys and (optimizer is SGD or state["step"] == 2)
+                for factor, key in enumerate(keys, 2):
+                    assert torch.equal(state[key], factor * parameter.detach() + 1)
+            assert isinstance(runner.model.backbone.layer1[0].conv1, ICConv2d)
+            groups.append(described(runner))
+            groups.append(copy.deepcopy(runner.model.state_dict()))
+
+    hooks = [search(at=1), Call("VERY_HIGH", plant), Call("BELOW_NORMAL", check)]
+    runner = train(tmp_path, hooks, optimizer=optimizer)
+    before, after, then = groups
+    assert before == after and {group["weight_decay"] for group in before} == {0.0, 0.1}
+    now = runner.model.state_dict()
+    moved = [name for name in now if "conv1.weight" in name and not torch.equal(now[name], then[name])]
+    assert len(moved) == 9  # with the stem's: the training goes on
+    assert {group["lr"] for group in runner.optim_wrapper.optimizer.param_groups} == {5e-3}
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
+def test_kernels_shrink_to_the_kept_candidates(optimizer: dict[str, Any], tmp_path: Path) -> None:
+    zeros: list[dict[str, Tensor]] = []
+
+    def look(runner: Any) -> None:
+        layers = super_layers(runner.model.backbone)
+        zeros.append({name: next(layer.parameters()).detach() == 0 for name, layer in layers.items()})
+
+    train(tmp_path, [search(at=(1, 3)), Call("BELOW_NORMAL", look)], 3, optimizer=optimizer)
+    first, second, last = zeros
+    assert last == {} and len(first) == 16
+    masks = DilationPattern.load(tmp_path / "pattern.json").layers
+    for layer in masks:
+        assert layer.name and torch.equal(first[layer.name], second[layer.name])
+        zero = first[layer.name].flatten(2)
+        assert torch.equal(zero, zero[:, :1].expand_as(zero))  # alike for all inputs
+        # 4 of 16 dilations share the centre, and have 8 taps more each at most
+        assert all(9 <= taps <= 33 for taps in (~zero[:, 0]).sum(1).tolist())
+        for unit, (dy, dx) in enumerate(layer.assignment or ()):
+            taps = (~first[layer.name])[unit, 0]
+            rows, columns = (torch.tensor([4 - d, 4, 4 + d]) for d in (dy, dx))
+            assert taps[rows[:, None], columns].all()  # the one that was found is among them
+
+
+def test_how_many_candidates_are_kept() -> None:
+    assert [kept_counts(16, n) for n in (1, 2, 4)] == [[1], [4, 1], [8, 4, 2, 1]]
+    assert kept_counts(36, 3) == [11, 4, 1]
+
+
+@pytest.mark.parametrize("broken", [1, 2, 3])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(broken: int, tmp_path: Path) -> None:
+    """Kernels shrink after the first epoch, the switch is after the third, the average goes along."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(runner: Any) -> None:
+        if runner.epoch + 1 == broken:
+            raise Killed
+
+    average = {"type": "EMAHook", "momentum": 0.3, "update_buffers": True}
+    hooks = [search(at=(1, 3)), average]
+    whole = train(tmp_path / "whole", hooks, 4)
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", [*hooks, Call("LOWEST", kill)], 4)
+    resumed = train(tmp_path / "broken", hooks, 4, resume=True)
+    for one, two in (
+        (whole.model.state_dict(), resumed.model.state_dict()),
+        (weights(tmp_path / "whole/epoch_4.pth"), weights(tmp_path / "broken/epoch_4.pth")),  # the average
+    ):
+        assert one.keys() == two.keys() and any(name.endswith("branches") for name in one)
+        assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert not torch.equal(
+        whole.model.state_dict()["backbone.layer1.0.conv1.weight"],
+        weights(tmp_path / "whole/epoch_4.pth")["backbone.layer1.0.conv1.weight"],
+    )
+    for name in ("pattern.json", "pattern.meta.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+    states = [runner.optim_wrapper.optimizer.state_dict()["state"] for runner in (whole, resumed)]
+    for key, state in states[0].items():
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+
+
+def test_in_a_training_that_counts_iterations(tmp_path: Path) -> None:
+    train_cfg = {"by_epoch": False, "max_iters": 4, "val_interval": 100}
+    runner = train(tmp_path, [search(at=3, strategy="random", seed=1)], train_cfg=train_cfg)
+    assert not super_layers(runner.model.backbone)
+    meta = DilationPattern.load(tmp_path / "pattern.json").meta
+    assert meta["training"] == {"iterations": 3} and meta["strategy"] == "random"
+    names = [set(weights(tmp_path / f"iter_{n}.pth")) for n in (2, 3)]
+    assert "backbone.layer1.0.conv1.branches" in names[1] - names[0]
+
+
+def test_the_search_leaves_the_trainings_random_numbers_alone(tmp_path: Path) -> None:
+    drawn = []
+    for at in (1, 2):
+        train(tmp_path / str(at), [search(at=at), Call("LOW", lambda _: drawn.append(torch.rand(1)))])
+    assert drawn[0] == drawn[2]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_one_network(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    done = subprocess.run([*line, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert any(name.endswith("branches") for name in one)
+    trained = [name for name in one if "running" not in name]
+    assert [name for name in trained if not torch.equal(one[name], two[name])] == []
+    assert json.loads((tmp_path / "pattern.meta.json").read_text())["kernel"] == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": 3}, "at must lie within the training's 2 epochs, got 3"),
+        ({"at": 0}, r"at must name epochs or iterations from 1 on, ascending; got \[0\]"),
+        ({"at": [2, 1]}, r"ascending; got \[2, 1\]"),
+        ({"at": []}, r"ascending; got \[\]"),
+        ({"criterion": "best"}, "unknown criterion 'best'; known ones: energy, expectation"),
+        ({"strategy": "gradient"}, "strategy must be one of edo, .*; got 'gradient'"),
+        ({"strategy": "hand", "at": [1, 2]}, "as the strategy edo does; got hand"),
+        ({"init": "scratch"}, "init must be one of crop, refit; got 'scratch'"),
+        ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, [search(**options)])
+
+
+def test_a_network_without_grown_layers_is_refused(tmp_path: Path) -> None:
+    plain = Model(ic_resnet18(width=4, out_indices=(0, 1, 2, 3)))
+    with pytest.raises(ValueError, match=r"model\.backbone must be a supernet \(type='SuperResNet'\), got"):
+        train(tmp_path, [search()], model=plain)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+    runner = train(
+        folder,
+        [search(at=(1, 2)), {"type": "EMAHook"}],
+        3,
+        launcher="pytorch",
+        cfg={"model_wrapper_cfg": wrapper},
+    )
+    torch.save(runner.model.module.state_dict(), folder / f"rank{runner.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
