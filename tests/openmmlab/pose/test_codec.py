@@ -92,9 +92,11 @@ def test_decoding_finds_joints_between_the_pixels(zoom: int) -> None:
 
 
 def test_the_best_people_come_first_and_stay() -> None:
-    heights = np.array([0.5, 0.9, 0.7])
+    heights = np.repeat([[0.5], [0.9], [0.7]], 17, axis=1)
+    heights[:, 0] = [0.9, 0.5, 0.7]  # noses are found first, in another order
     encoded = [
-        codec().encode(person[None])["heatmaps"] * h for person, h in zip(apart(), heights, strict=True)
+        codec().encode(person[None])["heatmaps"] * h[:, None, None]
+        for person, h in zip(apart(), heights, strict=True)
     ]
     tags = tag_maps(codec().encode(apart())["keypoint_indices"])[None]
     maps = torch.tensor(np.max(encoded, axis=0))[None]

@@ -106,6 +106,15 @@ def test_every_kind_of_test_finds_the_same_people(flip: bool, multiscale: bool, 
     assert maps.tags.shape[0] == (34 if flip else 17)
 
 
+def test_maps_of_the_flipped_image_are_flipped_back_joint_by_joint() -> None:
+    level = torch.rand(2, 1, 17, 16, 24).unbind()
+    mirrored = [maps[:, FLIPS].flip(-1) for maps in level]
+    sample = PoseDataSample(metainfo={"flip_indices": FLIPS})
+    _, (maps,) = head().predict((level, mirrored), [sample], {"flip_test": True, "output_heatmaps": True})
+    torch.testing.assert_close(maps.heatmaps, level[0][0])
+    torch.testing.assert_close(maps.tags, level[1][0].repeat(2, 1, 1))
+
+
 def test_the_decoder_is_the_codec_as_it_is() -> None:
     built = TrainableAssociativeEmbeddingHead(8, 17, decoder=CODEC).decoder
     assert isinstance(built, TrainableAssociativeEmbedding) and built.heatmap_size == (24, 16)
