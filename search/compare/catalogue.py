@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 
 from ic_conv.pattern import DilationPattern, LayerPattern
 from search.compare.setting import (
     CALIBRATION,
+    IMAGES,
     PLAIN,
     SUPERNET,
     CompareOptions,
@@ -23,13 +26,25 @@ from search.compare.setting import (
     training_flops,
 )
 from search.criteria import CRITERIA, DEFAULT_CRITERION
+from search.data import ScatteredDigits, build_loader
 from search.space import DilationSpace
-from search.strategies import STRATEGIES, EDOStrategy, GradientStrategy, PlainTask, SearchTask
+from search.strategies import (
+    STRATEGIES,
+    DartsStrategy,
+    EDOStrategy,
+    GradientStrategy,
+    PlainTask,
+    RFNextStrategy,
+    SearchTask,
+    SinglePathStrategy,
+    Strategy,
+)
 from search.supernet import convert_to_supernet
 from search.tasks import Task
 
 FOUND, REFIT = f"edo {DEFAULT_CRITERION}", " + refit"
 GRADIENT_IMAGES, GROWING_IMAGES = 2048, 256
+SEARCH_STEPS = 200  # of the peers, which search while a network trains
 PatternMaker = Callable[[CompareOptions, int], DilationPattern]
 Grow = Callable[[Task, CompareOptions, int], DilationPattern]
 
@@ -82,6 +97,15 @@ def methods() -> dict[str, Method]:
         **{name: Method(partial(_by_strategy, name=name)) for name in ("hand", "uniform", "random")},
         # Correlating an image's maps by Fourier transforms costs less than its passes.
         "gradient": Method(_by_gradient, (PLAIN,), plain_images=2 * GRADIENT_IMAGES),
+    }
+    patterned |= {
+        # Two branches in each layer cost less than twice the network.
+        "rfnext": Method(_peer(RFNextStrategy), (PLAIN,), plain_images=2 * SEARCH_STEPS * IMAGES),
+        "darts": Method(_peer(DartsStrategy), (PLAIN,), supernet_images=SEARCH_STEPS * IMAGES),
+        # 50 trials with 4 batches, forward alone
+        "single-path": Method(
+            _peer(SinglePathStrategy), (PLAIN,), supernet_images=(SEARCH_STEPS + 50 * 4 // 3) * IMAGES
+        ),
     }
     refitted = {
         name + REFIT: replace(method, needs=tuple({SUPERNET, *method.needs}), refit=True)
@@ -151,5 +175,23 @@ def _by_gradient(options: CompareOptions, seed: int) -> DilationPattern:
 
 def _grown(task: Task, options: CompareOptions, seed: int, images: int) -> DilationPattern:
     batches = calibration_samples(seed, images)
-    plain = PlainTask(task, task.network, lambda: batches, lambda model, x: model(**x, mode="loss")["loss"])
-    return GradientStrategy().search(SearchTask.of_plain(plain, DilationSpace(options.kernel), seed))
+    return GradientStrategy().search(_plain_task(task, lambda: batches, options, seed))
+
+
+def _peer(strategy: type[Strategy]) -> PatternMaker:
+    """By a strategy that trains a copy of the trained plain network, on images that it has not seen."""
+    return partial(_by_training, strategy=strategy)
+
+
+def _by_training(options: CompareOptions, seed: int, strategy: type[Strategy]) -> DilationPattern:
+    images = ScatteredDigits(seed=seed + 1000)
+    torch.manual_seed(seed)
+    task = trained(options, seed, PLAIN)
+    return strategy().search(_plain_task(task, lambda: build_loader(images, IMAGES), options, seed))
+
+
+def _plain_task(
+    task: Task, samples: Callable[[], Iterable[Any]], options: CompareOptions, seed: int
+) -> SearchTask:
+    plain = PlainTask(task, task.network, samples, lambda model, x: model(**x, mode="loss")["loss"])
+    return SearchTask.of_plain(plain, DilationSpace(options.kernel), seed)

@@ -21,6 +21,7 @@ from search.tasks import Task, wrap
 
 WIDTH, BLOCKS = 32, 2
 CALIBRATION = 512  # images
+IMAGES = 32  # in a batch of a search
 PLAIN, SUPERNET = "plain", "supernet"
 
 
@@ -108,7 +109,7 @@ def calibration(seed: int, images: int = CALIBRATION) -> list[Tensor]:
 
 def calibration_samples(seed: int, images: int = CALIBRATION) -> list[Any]:
     """Batches that no training sees."""
-    return list(build_loader(ScatteredDigits(length=images, seed=seed + 1000), 32))
+    return list(build_loader(ScatteredDigits(length=images, seed=seed + 1000), IMAGES))
 
 
 @lru_cache

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from search.strategies.base import PlainTask, SearchTask, Strategy
+from search.strategies.darts import DartsStrategy
 from search.strategies.edo import EDOStrategy, edo
 from search.strategies.gradient import GradientStrategy
 from search.strategies.hand import HandStrategy
 from search.strategies.pareto import FrontMember, ParetoOptions, ParetoStrategy, knee
 from search.strategies.random import RandomStrategy
+from search.strategies.rfnext import RFNextStrategy
+from search.strategies.single_path import SinglePathStrategy
 from search.strategies.uniform import UniformStrategy
 
 STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
@@ -24,12 +27,16 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
             HandStrategy,
             ParetoStrategy,
             GradientStrategy,
+            RFNextStrategy,
+            DartsStrategy,
+            SinglePathStrategy,
         )
     }
 )
 
 __all__ = [
     "STRATEGIES",
+    "DartsStrategy",
     "EDOStrategy",
     "FrontMember",
     "GradientStrategy",
@@ -37,8 +44,10 @@ __all__ = [
     "ParetoOptions",
     "ParetoStrategy",
     "PlainTask",
+    "RFNextStrategy",
     "RandomStrategy",
     "SearchTask",
+    "SinglePathStrategy",
     "Strategy",
     "UniformStrategy",
     "edo",

@@ -37,6 +37,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("edo", {"criterion": "refit"}),
     ("gradient", {}),
     ("gradient", {"validation_steps": 1}),
+    ("rfnext", {"steps": 4, "updates": 2}),
+    ("darts", {"steps": 2}),
+    ("single-path", {"steps": 2, "trials": 3}),
 ]
 
 
