@@ -134,7 +134,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 
 def write(network: nn.Module, images: Tensor, path: Path, opset: int) -> None:
-    """Exports by tracing: the other exporter takes minutes for the many taps of an involution."""
+    """Exports by tracing, which takes a third of the other exporter's time."""
     import torch
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

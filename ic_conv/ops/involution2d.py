@@ -7,7 +7,7 @@ computes it. y is linear in x and in weight, so the three operators are each oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -23,7 +23,12 @@ from ic_conv.ops._involution2d_call import (
     checked_call,
     memory_format,
 )
-from ic_conv.ops.backends import numba_involution2d, reference_involution2d, shift_involution2d
+from ic_conv.ops.backends import (
+    numba_involution2d,
+    onnx_involution2d,
+    reference_involution2d,
+    shift_involution2d,
+)
 from ic_conv.ops.backends.cupy_involution2d import CupyInvolution2d
 from ic_conv.ops.checks import Pair
 from ic_conv.ops.dispatch import Backend, BackendTable
@@ -39,17 +44,21 @@ KERNELS: dict[str, Kernels] = {
 }
 
 
+# What exporters and compilers see of the others: plain operations, which they know and fuse.
+GRAPHS: dict[str, Callable[[InvolutionCall], Tensor]] = {
+    "onnx": onnx_involution2d.gathered,
+    "shift": shift_involution2d.traced,
+    "reference": reference_involution2d.involution2d,
+}
+
+
 def involution2d(call: InvolutionCall, wanted: str | None = None) -> Tensor:
     """y (N, C, Ho, Wo) from the first backend that can run the call, or from the wanted one."""
-    if torch.jit.is_tracing():
-        return shift_involution2d.traced(call)
-    if not torch.compiler.is_compiling():
+    if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         return INVOLUTION2D.choose(call, wanted).run(call)
     x = call.x
     name = _choose_for_graph(x.device, x.dtype, x.shape[1] // call.geometry.groups, wanted)
-    if name == "reference":
-        return reference_involution2d.involution2d(call)
-    return shift_involution2d.traced(call) if name == "shift" else _run_operator(name, call)
+    return GRAPHS[name](call) if name in GRAPHS else _run_operator(name, call)
 
 
 def _choose_for_graph(device: torch.device, dtype: torch.dtype, channels: int, wanted: str | None) -> str:
@@ -57,7 +66,9 @@ def _choose_for_graph(device: torch.device, dtype: torch.dtype, channels: int, w
 
     Exported graphs hold plain operations only. Before PyTorch 2.7 exporting cannot be told from compiling.
     """
-    if getattr(torch.compiler, "is_exporting", lambda: True)():
+    if torch.onnx.is_in_onnx_export() and wanted != "shift":
+        return "onnx"
+    if torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", lambda: True)():
         return "shift"
     x = torch.empty((0, channels, 1, 1), device=device, dtype=dtype)
     weight = torch.empty((0, 1, 1, 1, 1, 1), device=device, dtype=dtype)

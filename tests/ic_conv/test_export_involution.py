@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ic_conv.layers import CVolution2d, Involution2d
 from ic_conv.models import RedNet, cednet50, rednet50
 
+onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -59,6 +61,18 @@ def test_layers(build: Callable[[], nn.Module], dynamo: bool, tmp_path: Path) ->
     torch.testing.assert_close(run(tmp_path / "layer.onnx", x), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "fewest", "most"), [({}, 10, 20), ({"dilation": 2}, 10, 20), ({"backend": "shift"}, 98, 600)]
+)
+def test_few_operations_unless_the_loop_is_wanted(
+    options: dict[str, Any], fewest: int, most: int, tmp_path: Path
+) -> None:
+    """The loop adds one product for each of the 49 taps."""
+    layer = Involution2d(32, **options).eval()
+    torch.onnx.export(layer, (torch.randn(1, 32, 9, 9),), tmp_path / "layer.onnx", dynamo=True, verbose=False)
+    assert fewest <= len(onnx.load(tmp_path / "layer.onnx").graph.node) <= most
+
+
 def test_one_file_for_every_size(tmp_path: Path) -> None:
     torch.manual_seed(0)
     example = torch.randn(2, 32, 12, 10)
@@ -78,8 +92,9 @@ def test_networks(build: Callable[..., RedNet], tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
     net = with_statistics_of(x, build(num_classes=10))
-    # The exporter by tracing: the other one takes minutes for this many taps.
-    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=False)
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    assert len(onnx.load(tmp_path / "net.onnx").graph.node) < 600
     expected = net(x)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(run(tmp_path / "net.onnx", x), expected, rtol=0, atol=1e-4)
