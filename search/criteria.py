@@ -63,6 +63,7 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {"energy": energy, "expectation": expectation, "taps": taps, "mse": mse, "refit": refit}
 )
 DEFAULT_CRITERION = "energy"
+FIRST_ORDER = ("energy", "expectation", "taps")  # those whose moments are always there
 
 
 def criterion(name: str) -> Criterion:

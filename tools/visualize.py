@@ -53,6 +53,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     command.set_defaults(run=make_report)
     command.add_argument("place", type=Path, metavar="WORK_DIR", help="the folder, or one pattern file in it")
+    command.add_argument(
+        "--patterns",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="more patterns for the same layers to compare with: of the strategy gradient, from the zoo",
+    )
+    command.add_argument(
+        "--table", metavar="FILE", help="scores to show, as `tools/compare.py ... --output FILE` writes them"
+    )
     return parser.parse_args(argv)
 
 
@@ -88,9 +98,9 @@ def draw_involution(args: argparse.Namespace) -> None:
 
 
 def make_report(args: argparse.Namespace) -> None:
-    from search.report import remake_reports
+    from search.report import Comparison, remake_reports
 
-    for page in remake_reports(args.place):
+    for page in remake_reports(args.place, Comparison.read(args.patterns, args.table)):
         print(page)
 
 

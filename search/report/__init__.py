@@ -4,9 +4,11 @@
 from search.report.figure import draw_pattern
 from search.report.page import remake_reports, report_run, write_report
 from search.report.pareto import draw_front, front_table, write_front
+from search.report.peers import Comparison
 from search.report.record import RunRecord, record_run
 
 __all__ = [
+    "Comparison",
     "RunRecord",
     "draw_front",
     "draw_pattern",

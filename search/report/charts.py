@@ -91,7 +91,7 @@ def draw_theory(axis: Axes, pattern: DilationPattern) -> None:
 def draw_errors(axis: Axes, pattern: DilationPattern, peers: Sequence[Peer]) -> None:
     """Criterion error of each layer, a line per pattern."""
     for peer in peers:
-        colour, marker, line = _LOOKS[peer.name]
+        colour, marker, line = _LOOKS.get(peer.name, (None, ".", "-."))
         look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "markersize": 3.5}
         axis.plot(peer.errors, **look, linewidth=2 if peer.name == "found" else 1.2, label=peer.name)
     finish_layers(axis, pattern)

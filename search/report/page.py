@@ -18,7 +18,7 @@ from ic_conv.pattern import DilationPattern, LayerPattern
 from search.report import charts
 from search.report.effective import SHARE
 from search.report.figure import receptive_field, short_name, stages
-from search.report.peers import compare_peers
+from search.report.peers import Comparison, compare_peers, criteria_errors
 from search.report.record import RunRecord
 
 
@@ -27,6 +27,7 @@ def write_report(
     record: RunRecord,
     path: str | os.PathLike[str],
     pattern_path: str = "pattern.json",
+    more: Comparison | None = None,
 ) -> None:
     """Writes the page in one atomic step; parts for which pattern and record hold nothing are left out.
 
@@ -35,6 +36,7 @@ def write_report(
         record: what the run left, see `search.report.record`.
         path: the page.
         pattern_path: the pattern file, as the page names it.
+        more: what else it is compared with.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -43,7 +45,7 @@ def write_report(
     )
     environment.filters |= {"percent": "{:.0%}".format, "duration": duration}
     template = environment.from_string(files("search.report").joinpath("page.html").read_text("utf-8"))
-    write_text(path, template.render(_context(pattern, record, pattern_path)))
+    write_text(path, template.render(_context(pattern, record, pattern_path, more or Comparison())))
 
 
 def report_run(pattern: DilationPattern, record: RunRecord, pattern_path: Path) -> Path:
@@ -63,8 +65,12 @@ def record_path(pattern_path: Path) -> Path:
     return pattern_path.with_suffix(".report.json")
 
 
-def remake_reports(place: Path) -> list[Path]:
+def remake_reports(place: Path, more: Comparison | None = None) -> list[Path]:
     """Writes the pages of a work folder, or of one pattern file, again from what the runs left.
+
+    Args:
+        place: the folder or file.
+        more: what else they are compared with.
 
     Raises:
         ValueError: the folder holds no pattern with a meta file, or a file breaks a rule.
@@ -85,6 +91,7 @@ def remake_reports(place: Path) -> list[Path]:
             RunRecord.load(record) if record.exists() else RunRecord(),
             report_path(path),
             str(path),
+            more,
         )
     return [report_path(path) for path in sorted(found)]
 
@@ -97,11 +104,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _context(pattern: DilationPattern, record: RunRecord, pattern_path: str) -> dict[str, Any]:
+def _context(
+    pattern: DilationPattern, record: RunRecord, pattern_path: str, more: Comparison
+) -> dict[str, Any]:
     meta = pattern.meta
     whole = _pooled(pattern.layers)
     growth = receptive_field(pattern)[-1].mean() / receptive_field(pattern, plain=True)[-1].mean()
-    peers = compare_peers(pattern)
+    peers = compare_peers(pattern, more.patterns)
     curve = record.curve
     rates = all(math.isfinite(rate) for rate in curve.get("lr", [math.nan]))
     return {
@@ -120,13 +129,16 @@ def _context(pattern: DilationPattern, record: RunRecord, pattern_path: str) -> 
         "fields": _fields(record),
         "share": SHARE,
         "peers": peers,
+        "criteria": criteria_errors(pattern),
+        "table": more.table,
+        "again": ["python", "tools/visualize.py", "report", pattern_path, *more.options],
         "error_chart": charts.chart(lambda axis: charts.draw_errors(axis, pattern, peers)) if peers else None,
         "curve_chart": charts.chart(lambda axis: charts.draw_curve(axis, curve)) if curve else None,
         "rate_chart": charts.chart(lambda axis: charts.draw_learning_rate(axis, curve)) if rates else None,
         "facts": _facts(pattern, record),
         "pooled": _pooled,
         "quoted": repr,
-        "shell": shlex.quote,
+        "shell": shlex.join,
     }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ic_conv.pattern import DilationPattern
 from search.assign import assign_argmin, assign_within, best_candidates, unit_errors
 from search.assignment import BranchLimits, UnitLimits
-from search.criteria import DEFAULT_CRITERION, criterion, needs_correlations, needs_residuals
+from search.criteria import DEFAULT_CRITERION, FIRST_ORDER, criterion, needs_correlations, needs_residuals
 from search.sharing import gathered, own
 from search.statistics import LayerMoments, collect
 from search.strategies.base import SearchTask, Strategy
@@ -64,6 +64,9 @@ class EDOStrategy(Strategy):
         """The pattern for moments that were collected before. Costs no forward pass."""
         limits = self._unit_limits(task)
         layers, mean_errors, of_candidates, gaps = [], {}, {}, {}
+        of_criteria: dict[str, dict[str, float]] = {
+            other: {} for other in FIRST_ORDER if other != self.criterion
+        }
         for name, errors in self._errors(task, moments).items():
             allowed = self._allowed(name, errors)
             if self.limits.free:
@@ -74,12 +77,16 @@ class EDOStrategy(Strategy):
             layers.append(layer)
             mean_errors[name] = round(float(total / len(errors)), 6)
             of_candidates[name] = errors.mean(axis=0).round(6).tolist()
+            for other, means in of_criteria.items():
+                choice = unit_errors(criterion(other)(moments[name], task.space), task.units[name]).argmin(1)
+                means[name] = round(float(errors[np.arange(len(errors)), choice].mean()), 6)
         pattern = DilationPattern(tuple(layers), task.space.kernel, task.space.base_kernel)
         strides = {name: moment.stride for name, moment in moments.items()}
         meta = {
             "criterion": self.criterion,
             "layer_error": mean_errors,
             "candidate_error": of_candidates,  # what any other pattern of these counts would lose, on average
+            "criteria_error": of_criteria,  # what the choices of other criteria lose
             "layer_stride": strides,
         }
         return replace(

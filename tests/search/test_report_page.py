@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ic_conv import DilationPattern, LayerPattern
+from search.report import Comparison
 from search.report.page import duration, record_path, remake_reports, report_path, write_report
 from search.report.record import RunRecord
 
@@ -41,6 +42,7 @@ def found(kernel: int = 9, blocks: int = 3) -> DilationPattern:
         "layer_stride": dict.fromkeys(names, (4.0, 4.0)),
         "layer_error": dict.fromkeys(names, 0.3),
         "candidate_error": {name: rng.uniform(0.4, 0.9, len(candidates)).round(4).tolist() for name in names},
+        "criteria_error": {"taps": dict.fromkeys(names, 0.4375)},
         "training": {"steps": 50, "batch_size": 8},
         "versions": {"torch": "2.11.0"},
         "supernet_sha256": "0" * 64,
@@ -151,6 +153,43 @@ def test_a_search_leaves_its_report(tmp_path: Path) -> None:
     assert again.stdout == "w/tiny_k9.html\n" and (tmp_path / "w/tiny_k9.html").read_text() == page
     bad = run(tmp_path, "visualize.py", "report", "nowhere")
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nowhere" in bad.stderr
+
+
+TABLE = "| method | mAP |\n|---|---|\n| plain x2 steps | 90.0 ± 0.5 |\n| edo <energy> | 84.2 ± 1.4 |\n"
+
+
+def test_more_patterns_and_a_table_of_scores(tmp_path: Path) -> None:
+    path, other, table = tmp_path / "p.json", tmp_path / "gradient.json", tmp_path / "scores.md"
+    found().save(path)
+    names = [str(name) for name in found().names]
+    DilationPattern(tuple(LayerPattern.plain(64, name) for name in names), 5).save(other)
+    table.write_text(TABLE)
+    more = Comparison.read([str(other)], str(table))
+    (page,) = (made.read_text(encoding="utf-8") for made in remake_reports(path, more))
+    rows = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', page))
+    assert rows["gradient"] == rows["plain"] and rows["criterion taps"] == "0.4375"  # plain in both
+    assert "84.2 ± 1.4" in page and "edo &lt;energy&gt;" in page
+    assert f"report {path} --patterns {other} --table {table}" in page
+
+
+@pytest.mark.parametrize(
+    ("pattern", "table", "message"),
+    [
+        (LayerPattern.plain(64, "x"), TABLE, "other does not suit the layers of this search: "),
+        (LayerPattern.plain(64), TABLE, "other does not suit .* the pattern has 1 layers"),
+        (None, "no table", r"scores.md must hold one table, as `tools/compare.py --output` writes it"),
+        (None, "| a | b |\n|---|---|\n| c |\n", "must hold one table"),
+    ],
+)
+def test_what_cannot_be_compared(
+    pattern: LayerPattern | None, table: str, message: str, tmp_path: Path
+) -> None:
+    path, other, scores = tmp_path / "p.json", tmp_path / "other.json", tmp_path / "scores.md"
+    found().save(path)
+    DilationPattern((pattern,) if pattern else found().layers, 9).save(other)
+    scores.write_text(table)
+    with pytest.raises(ValueError, match=message):
+        remake_reports(path, Comparison.read([str(other)], str(scores)))
 
 
 @pytest.fixture(scope="module")

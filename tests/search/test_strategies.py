@@ -15,7 +15,10 @@ from torch import nn
 
 from ic_conv import DilationPattern
 from search import STRATEGIES, SearchTask, convert_to_supernet, edo
+from search.assign import unit_errors
+from search.criteria import energy
 from search.latency import Kind, LatencyTable, Row
+from search.statistics import collect
 from search.strategies import EDOStrategy, HandStrategy, ParetoOptions, PlainTask, UniformStrategy
 from search.study import StudyOptions
 
@@ -40,6 +43,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rfnext", {"steps": 4, "updates": 2}),
     ("darts", {"steps": 2}),
     ("single-path", {"steps": 2, "trials": 3}),
+    ("histogram", {"steps": 4, "study": StudyOptions(name="h", sampler="tpe", pruner="median", trials=7)}),
+    ("histogram", {"steps": 4, "study": StudyOptions(name="h", trials=3), "latency": TABLE}),
 ]
 
 
@@ -114,7 +119,23 @@ def test_edo_finds_the_taps_that_hold_the_weight() -> None:
             task.supernet[0].weight[channel] = masks[channel % 16] + 0.01
     pattern = edo(task.supernet, task.batches())
     assert list(pattern.layers[0].assignment or ()) == expected
-    assert set(pattern.meta) == {"criterion", "layer_error", "candidate_error", "layer_stride"}
+    keys = {"criterion", "layer_error", "candidate_error", "criteria_error", "layer_stride"}
+    assert set(pattern.meta) == keys
+
+
+def test_what_other_criteria_choose_loses_more() -> None:
+    task = small_task()
+    moments = collect(task.supernet, task.batches(), task.space)  # type: ignore[arg-type]
+    pattern = EDOStrategy().from_moments(task, moments)
+    assert set(pattern.meta["criteria_error"]) == {"expectation", "taps"}
+    for name, found in pattern.meta["criteria_error"].items():
+        other = EDOStrategy(name).from_moments(task, moments).layers[1]
+        errors = unit_errors(energy(moments["2"], task.space), 8)
+        chosen = [
+            errors[unit, task.space.candidates.index(d)] for unit, d in enumerate(other.assignment or ())
+        ]
+        assert found["2"] == pytest.approx(sum(chosen) / 8, abs=1e-6)
+        assert found["2"] > pattern.meta["layer_error"]["2"]
 
 
 def test_hand_rule_has_its_shares() -> None:
