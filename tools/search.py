@@ -52,6 +52,11 @@ the result: WORK_DIR/ARCH_kKERNEL.json (the pattern), .meta.json (where it comes
 .html (the report, one file to read and pass on)
 """
 
+STUDY_OPTIONS = (
+    "n_trials", "n_jobs", "storage", "study_name", "sampler", "latency_table", "latency_device",
+    "latency_image_size", "criteria", "finetune_steps",
+)  # fmt: skip
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     from search.arch import known_archs
@@ -344,9 +349,19 @@ def next_command(arch: str, path: Path, weights: Path | None = None) -> str:
 
 
 def pareto_options(args: argparse.Namespace, name: str, work_dir: Path) -> dict[str, Any]:
-    """SearchOptions' arguments for the strategy pareto; study and journal are named after the search."""
+    """SearchOptions' arguments for the strategy pareto; study and journal are named after the search.
+
+    Raises:
+        ValueError: an option of a study was given to another strategy.
+    """
     if args.strategy != "pareto":
-        return {"finetune_steps": args.finetune_steps}
+        defaults = parse_args([])
+        for option in STUDY_OPTIONS:
+            if getattr(args, option) != getattr(defaults, option):
+                raise ValueError(
+                    f"--{option.replace('_', '-')} is for the strategy pareto, got {args.strategy}"
+                )
+        return {}
     from search.engine.options import resolve_device
     from search.latency import LatencyTable, device_name
     from search.strategies import ParetoOptions
@@ -366,7 +381,8 @@ def pareto_options(args: argparse.Namespace, name: str, work_dir: Path) -> dict[
     table = None if args.latency_table is None else LatencyTable.load(args.latency_table)
     if table is not None:
         table.check_device(args.latency_device or device_name(resolve_device(args.device)))
-    pareto = ParetoOptions(table, args.latency_image_size, study, tuple(args.criteria))
+    cache = work_dir / "assigned_layers.sqlite"
+    pareto = ParetoOptions(table, args.latency_image_size, study, tuple(args.criteria), cache=cache)
     return {"pareto": pareto, "finetune_steps": args.finetune_steps}
 
 
@@ -395,7 +411,10 @@ def task_config_of(args: argparse.Namespace) -> str | None:
     except Exception:  # a config is code; whoever builds from it says what is wrong
         return None
     defaults = parse_args([])
-    for name in ("kernel", "base_kernel", "arch", "data", "image_size", "steps", "epochs", "lr", "workers"):
+    decided = ["arch", "data", "image_size", "steps", "epochs", "lr", "workers"]
+    if args.strategy != "gradient":  # whose network is plain
+        decided += ["kernel", "base_kernel"]
+    for name in decided:
         if getattr(args, name) != getattr(defaults, name):
             raise ValueError(
                 f"--{name.replace('_', '-')}: {args.config} decides that, with its model and data"

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from ic_conv import DilationPattern
+from ic_conv.checkpoint import read_weights
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 from mmengine.registry import MODELS, init_default_scope
@@ -23,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 _base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
 custom_imports = dict(imports=["ic_conv.openmmlab"], allow_failed_imports=False)
-model = dict(backbone=dict(_delete_=True, type="SuperResNet", depth=18, kernel_size=5))
+model = dict(
+    backbone=dict(_delete_=True, type="SuperResNet", depth=18, kernel_size=5, base_channels=8),
+    neck=dict(in_channels=[8, 16, 32, 64]),
+)
 pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
@@ -64,7 +69,11 @@ def search(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # would outlast the test
-    return lambda *arguments: module.main(["--config", "task.py", *map(str, arguments)])
+
+    def run(*arguments: object, config: str = "task.py") -> int:
+        return module.main(["--config", config, *map(str, arguments)])  # type: ignore[no-any-return]
+
+    return run
 
 
 @pytest.mark.slow
@@ -86,6 +95,56 @@ def test_finds_the_pattern_of_a_detectors_backbone(
         assert Path("again", name).read_bytes() == Path("run", name).read_bytes()
 
 
+PLAIN = """
+_base_ = "./task.py"
+model = dict(backbone=dict(_delete_=True, type="ICResNet", depth=18, base_channels=8, frozen_stages=1))
+"""
+
+
+def result(printed: str, base: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The backbone that the command says to use, with its weights, and these."""
+    backbone = next(line for line in printed.splitlines() if line.startswith("  backbone="))
+    Path("found.py").write_text(f"_base_ = './{base}'\nmodel = dict({backbone.strip()})\n")
+    init_default_scope("mmdet")
+    network = MODELS.build(load_config("found.py").model).backbone
+    network.init_weights()
+    return network, read_weights(printed.split("weights  ")[1].split()[0])[0]
+
+
+@pytest.mark.parametrize("init", ["crop", "refit"])
+def test_writes_weights_that_the_named_backbone_takes(
+    init: str, trained: Path, search: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search("--checkpoint", "epoch_1.pth", "--init", init, "--work-dir", init) == 0
+    network, weights = result(capsys.readouterr().out, "task.py")
+    state = network.state_dict()
+    assert sorted(state) == sorted(weights)
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    assert any(name.endswith("branches") for name in weights)
+    supernet = torch.load("epoch_1.pth", weights_only=True)["state_dict"]["backbone.layer1.0.conv1.weight"]
+    kept = torch.isin(weights["layer1.0.conv1.weight"], supernet).float().mean()
+    assert kept == 1 if init == "crop" else kept < 0.1
+
+
+def test_gradient_takes_a_plain_detector(
+    trained: Path, search: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plain.py").write_text(PLAIN)
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    torch.save({"state_dict": MODELS.build(load_config("plain.py").model).state_dict()}, "plain.pth")
+    arguments = ["--strategy", "gradient", "--kernel", 7, "--init", "refit", "--checkpoint", "plain.pth"]
+    assert search(*arguments, "--work-dir", "plain", config="plain.py") == 0
+    found = DilationPattern.load("plain/plain.json")
+    assert (len(found.layers), found.kernel) == (16, 7)
+    assert {layer.plain_share for layer in found.layers} == {0.5}
+    network, weights = result(capsys.readouterr().out, "plain.py")
+    state = network.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    assert network.layer1[0].conv1.pattern.branches == found.layers[0].branches
+    assert network.frozen_stages == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "change", "message"),
     [
@@ -99,7 +158,7 @@ def test_finds_the_pattern_of_a_detectors_backbone(
         (
             ("--checkpoint", "epoch_1.pth"),
             {"kernel_size=5": "kernel_size=7"},
-            "epoch_1.pth: backbone.layer1.0.conv1.weight is (64, 64, 5, 5) in the file, (64, 64, 7, 7)",
+            "epoch_1.pth: backbone.layer1.0.conv1.weight is (8, 8, 5, 5) in the file, (8, 8, 7, 7)",
         ),
         (("--checkpoint", "epoch_1.pth"), {"data/coco/": "data/none/"}, "train_dataloader.dataset"),
         (("--checkpoint", "epoch_1.pth"), {"depth=18": "depth=19"}, "model.backbone.depth: must be one of"),
