@@ -64,7 +64,8 @@ class SearchOptions:
         criterion: a name of `search.criteria.CRITERIA`, for the strategy edo.
         limits: sizes and number of a layer's branches, for the strategy edo.
         pareto: what the strategy pareto varies and optimises, and where its study lives.
-        finetune_steps: training steps before each trial's validation score; 0: no score.
+        finetune_steps: training steps before each trial's validation score (of scattered digits, on as many
+            images as the calibration has); 0: no score.
         init: what the network with the pattern starts from: ``scratch`` (no weights are written), ``crop`` or
             ``refit``, see `search.refit.warm_start`.
         moved_shares: of the strategy gradient, as is `validation_steps`.
@@ -222,7 +223,9 @@ def prepare(options: SearchOptions) -> Prepared:
 def _dataset(options: SearchOptions, split: str = "train") -> FolderImages | ScatteredDigits:
     size, seed = options.image_size, options.train.seed
     if options.data == DIGITS:
-        return ScatteredDigits(split, image_size=size, seed=seed)
+        # They are drawn as they are asked for, so any number could be validated on.
+        images = {} if split == "train" else {"length": options.calibration_images}
+        return ScatteredDigits(split, image_size=size, seed=seed, **images)
     return FolderImages(options.data, split, image_size=size, seed=seed, skip_bad=options.skip_bad)
 
 

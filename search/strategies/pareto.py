@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ic_conv._pattern_summary import stage_of
 from ic_conv.pattern import PLAIN, DilationPattern, LayerPattern
-from search.assign import assign_within, unit_errors
+from search.assign import unit_errors
+from search.assigned import AssignedLayers
 from search.assignment import BranchLimits
 from search.criteria import DEFAULT_CRITERION, criterion, needs_correlations, needs_residuals
 from search.latency import LatencyTable
@@ -49,6 +51,7 @@ class ParetoOptions:
             after a short training; None: error and latency alone.
         identity: what else must be equal in processes that share a study; plain JSON values.
         progress: show a progress bar where the output is a terminal.
+        cache: an SQLite file in which processes, and later runs, find the layers that were assigned already.
 
     Raises:
         ValueError: no or unknown criteria.
@@ -62,6 +65,7 @@ class ParetoOptions:
     score: Score | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = True
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.criteria:
@@ -96,6 +100,7 @@ class Objective:
         channels: output channels of each layer.
         latency: milliseconds of a pattern.
         score, criteria, yardstick: see ParetoOptions.
+        assigned: layers that have their assignment.
     """
 
     space: DilationSpace
@@ -105,7 +110,7 @@ class Objective:
     yardstick: str
     latency: Callable[[DilationPattern], float]
     score: Score | None
-    _layers: dict[tuple[Any, ...], LayerPattern] = field(default_factory=dict, repr=False)
+    assigned: AssignedLayers = field(default_factory=AssignedLayers, repr=False)
 
     @property
     def directions(self) -> tuple[Literal["minimize", "maximize"], ...]:
@@ -129,20 +134,17 @@ class Objective:
             reach = trial.suggest_int(f"{stage}.dmax", 1, self.space.max_dilation)
             name = trial.suggest_categorical(f"{stage}.criterion", list(self.criteria))
             layers += [self._layer(layer, name, reach, limits) for layer in names]
+        self.assigned.save()
         return DilationPattern(tuple(layers), self.space.kernel, self.space.base_kernel)
 
     def _layer(self, layer: str, criterion: str, reach: int, limits: BranchLimits) -> LayerPattern:
-        key = layer, criterion, reach, limits
-        if key not in self._layers:
-            errors = self.errors[criterion][layer]
-            near = [index for index, dilation in enumerate(self.space.candidates) if max(dilation) <= reach]
-            rules = limits.of_layer(len(errors), self.channels[layer], layer)
-            candidates = [self.space.candidates[index] for index in near]
-            found, _ = assign_within(
-                errors[:, near], candidates, rules, layer, tolerance=TOLERANCE, effort=EFFORT
-            )
-            self._layers[key] = found
-        return self._layers[key]
+        errors = self.errors[criterion][layer]
+        near = [index for index, dilation in enumerate(self.space.candidates) if max(dilation) <= reach]
+        rules = limits.of_layer(len(errors), self.channels[layer], layer)
+        candidates = [self.space.candidates[index] for index in near]
+        return self.assigned.assign(
+            errors[:, near], candidates, rules, layer, tolerance=TOLERANCE, effort=EFFORT
+        )
 
     def error(self, pattern: DilationPattern) -> float:
         """Mean error of the units, summed over the layers, as a share of what plain dilations have."""
@@ -243,7 +245,14 @@ class ParetoStrategy(Strategy):
             latency = options.latency.predict
         channels = layer_channels(task)
         return Objective(
-            task.space, errors, channels, tuple(options.criteria), options.yardstick, latency, options.score
+            task.space,
+            errors,
+            channels,
+            tuple(options.criteria),
+            options.yardstick,
+            latency,
+            options.score,
+            AssignedLayers(options.cache),
         )
 
     def identity(self, task: SearchTask) -> dict[str, Any]:

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from torch import nn
 
 from ic_conv import DilationPattern
 from search import SearchTask, convert_to_supernet
+from search.assigned import AssignedLayers
+from search.assignment import BranchLimits
 from search.criteria import energy
 from search.latency import Kind, LatencyTable, Row
 from search.measure_latency import MeasuredLatency
@@ -101,6 +107,25 @@ def test_parameters_make_the_pattern() -> None:
     plain = objective.pattern(FixedTrial(parameters(dmax=1)))
     assert objective.error(plain) == pytest.approx(1.0)
     assert objective.error(free) < objective.error(narrow) < 1
+
+
+def test_processes_find_what_others_have_assigned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = np.random.default_rng(0).random((24, 4))
+    limits, other = (BranchLimits(multiple, max_branches=2).of_layer(24, 24) for multiple in (4, 8))
+    candidates, path = [(1, 1), (1, 2), (2, 1), (2, 2)], tmp_path / "deep/layers.sqlite"
+    first = AssignedLayers(path)
+    found = first.assign(errors, candidates, limits, "a")
+    first.save()
+    monkeypatch.setattr("search.assigned.assign_within", None)
+    for known in (first, AssignedLayers(path)):
+        assert known.assign(errors, candidates, limits, "a") == found
+    for question in (
+        (errors + 1e-9, candidates, limits),
+        (errors, candidates[::-1], limits),
+        (errors, candidates, other),
+    ):
+        with pytest.raises(TypeError, match="NoneType"):
+            AssignedLayers(path).assign(*question, "a")
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
@@ -191,7 +216,7 @@ def test_a_study_goes_on_where_it_was(
     monkeypatch.chdir(tmp_path)
     task = small_task()
     for trials in (3, 5):
-        study = StudyOptions(storage, "mine", sampler, trials)
+        study = StudyOptions(storage, "mine", sampler, trials=trials)
         ParetoStrategy(ParetoOptions(table(), study=study)).front(task)
         stored = optuna.load_study(
             study_name="mine",
@@ -204,6 +229,40 @@ def test_a_study_goes_on_where_it_was(
         ParetoStrategy(ParetoOptions(table(2.0), study=study)).check(task)
     with pytest.raises(ValueError, match="made with other options: criteria"):
         ParetoStrategy(ParetoOptions(table(), criteria=["energy"], study=study)).check(task)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, which refuses to run as root."""
+    pytest.importorskip("psycopg", reason="pip install 'ic-conv[postgresql]'")
+    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
+        pytest.skip("PostgreSQL's programs initdb and pg_ctl are not on the path")
+    folder = Path(tempfile.mkdtemp())
+    user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []
+    if user:
+        shutil.chown(folder, "nobody")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    control = [*user, "pg_ctl", "-D", str(folder / "data"), "-w"]
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    for command in (
+        [*user, "initdb", "-D", str(folder / "data"), "-U", "me", "--auth=trust", "--no-sync"],
+        [*control, "-o", options, "-l", str(folder / "log"), "start"],
+    ):
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    yield f"postgresql+psycopg://me@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "-m", "immediate", "stop"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(folder)
+
+
+def test_two_processes_on_a_postgresql_server(server: str) -> None:
+    options = StudyOptions(server, trials=8, jobs=2)
+    study = open_study(options, DIRECTIONS, {})
+    work_on(study, small_objective(), options, {})
+    assert 8 <= finished(study) < 8 + 2
+    assert len({trial.user_attrs["owner"][1] for trial in study.trials}) == 2
+    assert [trial.number for trial in study.trials] == list(range(len(study.trials)))
 
 
 @pytest.mark.parametrize(
@@ -296,6 +355,23 @@ def test_the_command_goes_on_after_kill_9_and_leaves_the_front(tmp_path: Path) -
     assert chosen.meta["strategy"] == "pareto" and "supernet_sha256" in chosen.meta
     assert chosen == DilationPattern.load(folder / f"trial_{chosen.meta['trial']}.json")
     assert "| trial |" in done.stdout
+
+
+def test_the_score_after_fine_tuning_is_the_third_objective(tmp_path: Path) -> None:
+    (tmp_path / "mynet.py").write_text(NETWORK)
+    command = [sys.executable, str(ROOT / "tools/search.py"), "--arch", "mynet:tiny", "--work-dir", "run"]
+    command += ["--steps", "2", "--calibration-images", "8", "--latency-image-size", "32"]
+    command += ["--strategy", "pareto", "--n-trials", "3"]
+    done, other = (
+        subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        for more in (["--finetune-steps", "1"], ["--checkpoint", "run/final.pt"])
+    )
+    assert done.returncode == 0, done.stderr
+    values = complete(StudyOptions(str(tmp_path / "run/study.journal"), "tiny_k9"))
+    assert len(values) == 3 and all(len(v) == 3 and 0 <= v[2] <= 100 for v in values.values())
+    assert "| score |" in done.stdout
+    # A study with scores is another one than without.
+    assert other.returncode == 2 and "made with other options: finetune_steps 1, now 0" in other.stderr
 
 
 def test_the_lock_of_a_killed_process_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
