@@ -61,7 +61,7 @@ class ChannelGraph:
             # The copy, which shares the tensors, is traced: modes change, and modules may keep proxies.
             skeleton = copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
             # Both modes, since a network may have branches for training only.
-            graphs = [_Tracer().trace(skeleton.train(mode)) for mode in (True, False)]
+            graphs = [LayerTracer().trace(skeleton.train(mode)) for mode in (True, False)]
         except Exception as error:  # whatever a network raises that is copied or meets a proxy
             logger.info("channels keep their places: torch.fx cannot trace the network (%s)", error)
             return
@@ -132,7 +132,7 @@ def _asks_size(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in ("size", "dim")
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
     """Keeps every convolution and norm whole, also those from outside torch.nn."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

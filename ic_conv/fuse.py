@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ic_conv._channels import _Tracer, is_conv2d, own_tensors
+from ic_conv._channels import LayerTracer, is_conv2d, own_tensors
 from ic_conv.convert import replace_modules
 from ic_conv.layers.ic_conv2d import ICConv2d
 
@@ -56,7 +56,7 @@ def _fold_all(module: nn.Module, prefix: str = "") -> list[str]:
     try:
         # A copy that shares the tensors is traced: modules may keep proxies.
         shared: dict[int, Any] = {id(t): t for t in chain(module.parameters(), module.buffers())}
-        graph = _Tracer().trace(copy.deepcopy(module, shared))
+        graph = LayerTracer().trace(copy.deepcopy(module, shared))
     except Exception:  # whatever a module raises that meets a proxy
         return [n for name, child in module.named_children() for n in _fold_all(child, f"{prefix}{name}.")]
     gone = _fold_graph(graph, dict(module.named_modules()))
