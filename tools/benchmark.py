@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Python puts this script's folder first, where search.py would pass for the package `search`.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Python puts this script's folder first, where search.py would pass for the package `search`;
+# the working folder comes instead, so that --arch finds the user's own modules.
+sys.path[0] = str(Path.cwd())
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 EPILOG = """examples:
   python tools/benchmark.py --list                               backends that run here, and why others do not

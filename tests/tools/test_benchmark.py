@@ -17,6 +17,7 @@ from ic_conv.benchmark.measure import peak_memory
 from ic_conv.models import ic_resnet50
 from ic_conv.ops.involution2d import INVOLUTION2D
 from ic_conv.pattern import DilationPattern, LayerPattern
+from search.latency import LatencyTable, device_name
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -126,6 +127,30 @@ def test_ic_conv_command(tool: ModuleType, tmp_path: Path) -> None:
     assert tool.main(["ic-conv", *arguments, "--passes", "inference", "--json", str(figures)]) == 0
     rows = json.loads(figures.read_text())["rows"]
     assert rows[0]["to_plain"] == rows[1]["speedup"] == 1 and len(rows) == 5
+
+
+def test_assignment_command(tool: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    assert tool.main(["assignment", "--kernel", "5", "--json", str(path)]) == 0
+    *layers, total = json.loads(path.read_text())["rows"]
+    assert len(layers) == 16 and total["layer"] == "all"
+    for row in layers:
+        assert row["argmin"] < row["assigned"] <= row["rounded"] and row["gap_percent"] <= 0.5
+    assert total["assigned"] < total["rounded"]
+    assert total["assigned"] == pytest.approx(sum(row["assigned"] for row in layers))
+
+
+def test_latency_table_command(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path, size = tmp_path / "here.json", ["--image-size", "32", "--patterns", "3", "--check", "1"]
+    assert tool.main(["latency-table", "--arch", "ic_resnet18", "--output", str(path), *size]) == 0
+    assert "mean error" in capsys.readouterr().out
+    table = LatencyTable.load(path)
+    table.check_device(device_name(CPU))
+    assert (table.network, table.image_size, len(table.layers)) == ("ic_resnet18", 32, 16)
+    assert len(table.rows) == 3 * 16 and table.rest_ms > 0
 
 
 def test_list(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
