@@ -22,6 +22,7 @@ __all__ = ["ConvMoments", "LayerMoments", "collect", "images_of"]
 
 logger = logging.getLogger(__name__)
 MERGED_IMAGES, MERGED_PIXELS = 32, 2**21  # most in a batch that is put together for second moments
+CONSTANT = 1e-6  # variance over mean square: below it rounding may have made all of it
 
 
 def collect(
@@ -77,6 +78,7 @@ def collect(
     moments = {name: layer_sums.moments(size) for name, layer_sums in sums.items()}
     if correlations:
         _warn_of_few(moments)
+        _warn_of_constant(moments)
     return moments
 
 
@@ -112,6 +114,23 @@ def _warn_of_few(moments: Mapping[str, LayerMoments]) -> None:
             "%s: %d output positions are few for %d weights per channel; those that the data leave open stay "
             "near the copied ones (give %.1f times as many calibration images)",
             *(name, worst.positions, worst.unknowns, worst.unknowns / worst.positions),
+        )
+
+
+def _warn_of_constant(moments: Mapping[str, LayerMoments]) -> None:
+    """Says how many input channels tell a fit nothing, and where most of them are."""
+    constant: dict[str, tuple[int, int]] = {}
+    for name, moment in moments.items():
+        if isinstance(moment, ConvMoments):
+            mean, square = (x[:, x.shape[1] // 2, x.shape[2] // 2] for x in (moment.mean, moment.square))
+            still = square - mean.square() <= CONSTANT * square
+            constant[name] = int(still.sum()), len(still)
+    if (count := sum(still for still, _ in constant.values())) > 0:
+        worst = max(constant, key=lambda name: constant[name][0] / constant[name][1])
+        logger.warning(
+            "%d of %d input channels are dead or constant over the calibration images (in %s %d of %d): "
+            "a fit learns nothing from them",
+            *(count, sum(channels for _, channels in constant.values()), worst, *constant[worst]),
         )
 
 

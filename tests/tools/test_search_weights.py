@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ic_conv import DilationPattern, apply_pattern, ic_resnet18
@@ -105,6 +106,21 @@ def test_gradient_starts_from_a_plain_network(folder: Path) -> None:
     assert len(DilationPattern.load(folder / "b/p.json").meta["validation_loss"]) >= 4
 
 
+def test_constant_images_and_too_few_are_told_in_a_line_each(folder: Path) -> None:
+    for kind in range(2):
+        (folder / f"grey/{kind}").mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (96, 96), (90, 90, 90)).save(folder / f"grey/{kind}/{index}.png")
+    torch.save(convert_to_supernet(tiny(folder), 9).state_dict(), folder / "supernet.pt")
+    options = ["--data", "grey", "--image-size", "16", "--batch-size", "1", "--calibration-images", "1"]
+    done = search(folder, *options, "--checkpoint", "supernet.pt", "--init", "refit")
+    assert done.returncode == 0, done.stderr
+    few, constant = done.stderr.strip().splitlines()
+    assert "output positions are few for" in few
+    assert "in 0 3 of 3): a fit learns nothing from them" in constant
+    assert all(value.isfinite().all() for value in read_weights(folder / "run/tiny_k9.pt")[0].values())
+
+
 @pytest.mark.parametrize(("init", "width"), [("crop", 64), ("refit", 8)])
 def test_backbones_take_the_weights(init: Any, width: int, tmp_path: Path, caplog: Any) -> None:
     torch.manual_seed(0)
@@ -138,10 +154,15 @@ def test_backbones_take_the_weights(init: Any, width: int, tmp_path: Path, caplo
         (("--strategy", "gradient", "--moved-share", "2"), "must lie between 0 and 1, got [2.0]"),
         (("--strategy", "gradient", "--checkpoint", "bare.pt"), "bare.pt holds a network without the head"),
         (("--checkpoint", "bare.pt"), "must fit the network, bare.pt: 0.weight is (8, 3, 3, 3) in the file"),
+        (
+            ("--checkpoint", "k5.pt"),
+            "k5.pt: 0.weight is (8, 3, 5, 5) in the file, (8, 3, 9, 9) in",
+        ),
     ],
 )
 def test_bad_requests_end_with_one_line(options: tuple[str, ...], message: str, folder: Path) -> None:
     torch.save(tiny(folder).state_dict(), folder / "bare.pt")
+    torch.save(convert_to_supernet(tiny(folder), 5).state_dict(), folder / "k5.pt")
     done = search(folder, *options)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
