@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ic_conv import checkpoint
@@ -61,7 +62,7 @@ class RedNet(nn.Module):
 
     Shape:
         input (N, 3, H, W), output (N, num_classes); or a tuple of feature maps (N, out_channels[i],
-        H / (4 * 2^i), W / (4 * 2^i)), rounded up, for i in out_indices.
+        H / (4 * 2^i), W / (4 * 2^i)), rounded up, for i in out_indices. On a CPU the maps are channels last.
 
     Example:
         >>> slim = RedNet((1, 2, 4, 1), width=16, group_channels=8, out_indices=(2, 3))
@@ -129,6 +130,8 @@ class RedNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)  # every block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if x.device.type == "cpu":  # 1x1 convolutions would reorder any other layout, in and out
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.stem(x))
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
