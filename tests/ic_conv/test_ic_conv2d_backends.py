@@ -102,6 +102,25 @@ def test_numba_gradients(
         assert_near(single.detach() / scale, double.detach() / scale)
 
 
+@pytest.mark.skipif("numba" not in CPU, reason="needs Numba")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+def test_numba_trains_in_a_compiled_graph(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    layer = ICConv2d(16, 39, pattern=dict(SMALL), backend="numba").to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(2, 16, 6, 7).contiguous(memory_format=layout).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for run in (layer, compiled):
+        run(x).square().sum().backward()
+    gradients = [tensor.grad for tensor in (x, *layer.parameters())]  # both runs' sum
+    layer.zero_grad()
+    x.grad = None
+    layer(x).square().sum().backward()
+    for both, tensor in zip(gradients, (x, *layer.parameters()), strict=True):
+        assert both is not None and tensor.grad is not None
+        torch.testing.assert_close(both, 2 * tensor.grad)
+        assert tensor.grad.stride() == tensor.stride()
+
+
 @pytest.mark.parametrize("name", CPU)
 def test_cpu_keeps_nan_in_its_window(name: str) -> None:
     x, weight, _ = (t.float() for t in tensors(SMALL, (1, 16, 11, 11), 3, LAST))

@@ -185,6 +185,10 @@ BAD = [
         ["--strategy", "random", "--storage", "sqlite:///s.db"],
         "--storage is for the strategy pareto, got random",
     ),
+    (
+        ["--strategy", "pareto", "--storage", "postgresql+psycopg://me:secret@localhost:1/studies"],
+        "postgresql:// that can be reached: postgresql+psycopg://localhost:1/studies",
+    ),
     (["--finetune-steps", 2], "--finetune-steps is for the strategy pareto, got edo"),
 ]
 
