@@ -87,8 +87,8 @@ class Transport:
         for middle in range(len(costs)):
             through = costs[:, middle, None] + costs[middle]
             shorter = through < costs - 1e-12
-            costs[shorter] = through[shorter]
-            after[shorter] = np.broadcast_to(after[:, middle, None], costs.shape)[shorter]
+            np.copyto(costs, through, where=shorter)
+            np.copyto(after, after[:, middle, None], where=shorter)
         return costs, after
 
     def _follow(self, source: int, sink: int, after: Indices) -> None:
