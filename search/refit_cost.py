@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,11 @@ TRAINING_STEPS, TRAINING_BATCH = 160, 8  # of the search command by default
 T = TypeVar("T")
 
 
+def statistics_cost(arch: str, kernel: int, images: int, image_size: int) -> Iterator[str]:
+    """The first lines of `refit_cost`, which say what memory the statistics take."""
+    yield from islice(refit_cost(arch, kernel, images, image_size), 3)
+
+
 def refit_cost(arch: str, kernel: int, images: int, image_size: int) -> Iterator[str]:
     """Seconds of each part, with a random pattern, which has all dilations in every layer; and memory."""
     supernet = convert_to_supernet(build_network(arch), kernel, inplace=True).eval()
@@ -39,7 +45,10 @@ def refit_cost(arch: str, kernel: int, images: int, image_size: int) -> Iterator
     moments, statistics = _timed(lambda: collect(supernet, batches, task.space, correlations=True))
     seconds = {name: m.second for name, m in moments.items() if isinstance(m, ConvMoments) and m.second}
     size = sum(s.inputs.nbytes + s.cross.nbytes for s in seconds.values())
-    yield f"statistics {size / 2**30:.2f} GiB; peak of the process {_peak():.2f} GiB, {before:.2f} before"
+    yield (
+        f"statistics {size / 2**30:.2f} GiB, {statistics:.0f} s; peak of the process {_peak():.2f} GiB, "
+        f"{before:.2f} before"
+    )
     moments.clear()
     layers = super_layers(supernet)
 
@@ -110,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", type=int, default=9, help="of the supernet (default 9)")
     parser.add_argument("--images", type=int, default=512, help="of the calibration (default 512)")
     parser.add_argument("--image-size", type=int, default=96, metavar="PX", help="(default 96)")
-    parser.add_argument(
-        "--gradient", action="store_true", help="the search by gradients instead of the refit"
-    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--statistics", action="store_true", help="stop after the statistics")
+    what.add_argument("--gradient", action="store_true", help="the search by gradients instead of the refit")
     args = parser.parse_args(argv)
-    cost = gradient_cost if args.gradient else refit_cost
+    cost = gradient_cost if args.gradient else statistics_cost if args.statistics else refit_cost
     for line in cost(args.arch, args.kernel, args.images, args.image_size):
         print(line, flush=True)
     return 0

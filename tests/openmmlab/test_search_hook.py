@@ -27,7 +27,6 @@ from torch.utils.data import RandomSampler
 import ic_conv.openmmlab  # noqa: F401 (registers the hook)
 from ic_conv import DilationPattern, ICConv2d, ic_resnet18
 from search import convert_to_supernet
-from search.in_training import kept_counts
 from search.refit import warm_start
 from search.supernet import SuperConv2d, super_layers
 from tests.openmmlab.commands import command
@@ -200,11 +199,6 @@ def test_kernels_shrink_to_the_kept_candidates(optimizer: dict[str, Any], tmp_pa
             assert taps[rows[:, None], columns].all()  # the one that was found is among them
 
 
-def test_how_many_candidates_are_kept() -> None:
-    assert [kept_counts(16, n) for n in (1, 2, 4)] == [[1], [4, 1], [8, 4, 2, 1]]
-    assert kept_counts(36, 3) == [11, 4, 1]
-
-
 @pytest.mark.parametrize("broken", [1, 2, 3])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(broken: int, tmp_path: Path) -> None:
     """Kernels shrink after the first epoch, the switch is after the third, the average goes along."""
@@ -254,7 +248,7 @@ def test_in_a_training_that_counts_iterations(tmp_path: Path) -> None:
 def test_the_search_leaves_the_trainings_random_numbers_alone(tmp_path: Path) -> None:
     drawn = []
     for at in (1, 2):
-        train(tmp_path / str(at), [search(at=at), Call("LOW", lambda _: drawn.append(torch.rand(1)))])
+        train(tmp_path / str(at), [search(at=at, seed=5), Call("LOW", lambda _: drawn.append(torch.rand(1)))])
     assert drawn[0] == drawn[2]
 
 
