@@ -22,8 +22,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 NO_STORAGE = "none"
 SAMPLERS = ("nsga2", "tpe")
+PRUNERS = ("none", "median", "halving")
 POPULATION = 24  # of NSGA-II: a few generations within a hundred trials
-FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _OPTIONS, _OWNER, _ERROR = "options", "owner", "error"
 Objective = Callable[[Trial], tuple[float, ...]]
 Directions = Sequence[Literal["minimize", "maximize"]]
@@ -38,6 +39,7 @@ class StudyOptions:
             ``postgresql://user:password@host/database``.
         name: of the study within the storage.
         sampler: ``nsga2`` or ``tpe``.
+        pruner: ``none``, ``median`` or ``halving``: which trials that report values stop early.
         trials: finished trials at which the study ends, whichever process ran them. Processes that end
             together may make a few more.
         jobs: processes of this machine.
@@ -49,6 +51,7 @@ class StudyOptions:
     storage: str = NO_STORAGE
     name: str = "pareto"
     sampler: str = "nsga2"
+    pruner: str = "none"
     trials: int = 100
     jobs: int = 1
 
@@ -58,6 +61,8 @@ class StudyOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        if self.pruner not in PRUNERS:
+            raise ValueError(f"pruner must be one of {', '.join(PRUNERS)}; got {self.pruner!r}")
         if self.jobs > 1 and self.storage == NO_STORAGE:
             raise ValueError(f"{self.jobs} jobs need a storage that they can share, got storage none")
 
@@ -118,6 +123,8 @@ def open_study(
         study.sampler = optuna.samplers.TPESampler(seed=seed)
     else:
         study.sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
+    pruners = {"median": optuna.pruners.MedianPruner, "halving": optuna.pruners.SuccessiveHalvingPruner}
+    study.pruner = pruners.get(options.pruner, optuna.pruners.NopPruner)()
     return study
 
 
@@ -195,7 +202,7 @@ def work_on(
 
 
 def finished(study: Study) -> int:
-    """Number of trials that are complete or failed."""
+    """Number of trials that are complete, pruned or failed."""
     return len(study.get_trials(deepcopy=False, states=FINISHED))
 
 
@@ -227,6 +234,8 @@ def _run(study: Study, objective: Objective, trials: int, report: Callable[[int]
         trial.set_user_attr(_OWNER, [socket.gethostname(), os.getpid()])
         try:
             return objective(trial)
+        except optuna.TrialPruned:
+            raise
         except Exception as error:
             trial.set_user_attr(_ERROR, f"{type(error).__name__}: {error}")
             raise

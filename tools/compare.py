@@ -18,6 +18,7 @@ EPILOG = """examples:
   python tools/compare.py digits                  every method, 3 seeds, equal steps; resumes when run again
   python tools/compare.py digits --steps 20 --seeds 1 --work-dir work_dirs/try      a quick look
   python tools/compare.py oneshot                 scores without retraining: taps copied, and refitted
+  python tools/compare.py people                  COCO AP of ResNet-18 on drawn people, plain and searched
   python tools/compare.py planted                 share of planted dilations that each criterion finds
 """
 
@@ -31,7 +32,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     digits.add_argument("--steps", type=int, default=600, help="training steps of each network (default 600)")
     digits.add_argument("--methods", help="comma-separated, of those that the table lists (default all)")
     digits.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
-    digits.add_argument("--first-seed", type=int, default=0, help="the others follow it (default 0)")
     digits.add_argument(
         "--against", metavar="METHOD", help="a column of the differences to this one, by seed"
     )
@@ -48,7 +48,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     oneshot.add_argument(
         "--calibration-images", type=int, default=512, metavar="N", help="images of the fit (default 512)"
     )
-    for command in (digits, oneshot, planted):
+    people = commands.add_parser(
+        "people", help="bottom-up pose: COCO AP on drawn people after equal training"
+    )
+    people.add_argument("--steps", type=int, default=600, help="training steps of each network (default 600)")
+    people.add_argument("--methods", default="plain,edo energy", help='default "plain,edo energy"')
+    people.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
+    people.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    people.add_argument(
+        "--work-dir", type=Path, default=Path("work_dirs/compare_people"), help="pictures, finished runs"
+    )
+    for command in (digits, oneshot):
+        command.add_argument("--first-seed", type=int, default=0, help="the others follow it (default 0)")
+    for command in (digits, oneshot, people, planted):
         command.add_argument("--output", type=Path, help="write the table to this file too")
     return parser.parse_args(argv)
 
@@ -56,7 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        text = {"digits": _digits, "oneshot": _oneshot, "planted": _planted}[args.command](args)
+        commands = {"digits": _digits, "oneshot": _oneshot, "people": _people, "planted": _planted}
+        text = commands[args.command](args)
         if args.output:
             from ic_conv._files import write_text
 
@@ -113,11 +126,37 @@ def _oneshot(args: argparse.Namespace) -> str:
 
     results: dict[str, dict[int, dict[str, float]]] = {}
     with _progress() as progress:
-        for seed in progress.track(range(args.seeds), description="supernets"):
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        for seed in progress.track(seeds, description="supernets"):
             for name, score in one_shot_scores(args.work_dir, seed, args.calibration_images):
                 results.setdefault(name, {})[seed] = score
                 progress.console.print(f"{name}, seed {seed}: mAP {score['mAP']:.1f}")
     return table(results)
+
+
+def _people(args: argparse.Namespace) -> str:
+    try:
+        from search.compare_people import METHODS, SUPERNET, PeopleOptions, compare, table
+    except ModuleNotFoundError as error:
+        from ic_conv.openmmlab.runner import INSTALL
+
+        raise ValueError(f"{error}; {INSTALL}") from error
+    chosen = args.methods.split(",")
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise ValueError(f"unknown method {unknown[0]!r}; known ones: {', '.join(METHODS)}")
+    for name, least in (("steps", 3), ("seeds", 1), ("jobs", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}")
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    with _progress() as progress:
+        bar = progress.add_task("runs", total=None)
+        for name, seed, result in compare(
+            PeopleOptions(args.work_dir, args.steps), chosen, args.seeds, args.jobs
+        ):
+            results.setdefault(name, {})[seed] = result
+            progress.console.print(f"{name}, seed {seed}: AP {result['AP']:.1f}")
+            progress.advance(bar)
+    return table({name: list(results[name].values()) for name in (SUPERNET, *chosen) if name in results})
 
 
 def _planted(args: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ic_conv.pattern import DilationPattern, LayerPattern
 from search.compare.setting import (
@@ -33,6 +34,7 @@ from search.strategies import (
     DartsStrategy,
     EDOStrategy,
     GradientStrategy,
+    HistogramStrategy,
     PlainTask,
     RFNextStrategy,
     SearchTask,
@@ -96,7 +98,10 @@ def methods() -> dict[str, Method]:
         f"{FOUND} shuffled": Method(_shuffled, (SUPERNET,), supernet_images=CALIBRATION),
         **{name: Method(partial(_by_strategy, name=name)) for name in ("hand", "uniform", "random")},
         # Correlating an image's maps by Fourier transforms costs less than its passes.
-        "gradient": Method(_by_gradient, (PLAIN,), plain_images=2 * GRADIENT_IMAGES),
+        **{
+            name: Method(partial(_by_gradient, share=share), (PLAIN,), plain_images=2 * GRADIENT_IMAGES)
+            for name, share in (("gradient", 0.5), ("gradient quarter", 0.25))
+        },
     }
     patterned |= {
         # Two branches in each layer cost less than twice the network.
@@ -107,6 +112,8 @@ def methods() -> dict[str, Method]:
             _peer(SinglePathStrategy), (PLAIN,), supernet_images=(SEARCH_STEPS + 50 * 4 // 3) * IMAGES
         ),
     }
+    # Its trials start from the supernet. At most 40 of 40 steps, each with validations on 4 batches.
+    patterned["histogram"] = Method(_by_histogram, (SUPERNET,), plain_images=40 * (40 + 4 * 4 // 3) * IMAGES)
     refitted = {
         name + REFIT: replace(method, needs=tuple({SUPERNET, *method.needs}), refit=True)
         for name, method in {PLAIN: Method(_plain), **patterned}.items()
@@ -169,13 +176,15 @@ def _plain(options: CompareOptions, seed: int) -> DilationPattern:
     return replace(pattern, layers=tuple(layers))
 
 
-def _by_gradient(options: CompareOptions, seed: int) -> DilationPattern:
-    return _grown(trained(options, seed, PLAIN), options, seed, GRADIENT_IMAGES)
+def _by_gradient(options: CompareOptions, seed: int, share: float) -> DilationPattern:
+    return _grown(trained(options, seed, PLAIN), options, seed, GRADIENT_IMAGES, share)
 
 
-def _grown(task: Task, options: CompareOptions, seed: int, images: int) -> DilationPattern:
+def _grown(
+    task: Task, options: CompareOptions, seed: int, images: int, share: float = 0.5
+) -> DilationPattern:
     batches = calibration_samples(seed, images)
-    return GradientStrategy().search(_plain_task(task, lambda: batches, options, seed))
+    return GradientStrategy((share,)).search(_plain_task(task, lambda: batches, options, seed))
 
 
 def _peer(strategy: type[Strategy]) -> PatternMaker:
@@ -184,14 +193,29 @@ def _peer(strategy: type[Strategy]) -> PatternMaker:
 
 
 def _by_training(options: CompareOptions, seed: int, strategy: type[Strategy]) -> DilationPattern:
-    images = ScatteredDigits(seed=seed + 1000)
     torch.manual_seed(seed)
     task = trained(options, seed, PLAIN)
-    return strategy().search(_plain_task(task, lambda: build_loader(images, IMAGES), options, seed))
+    return strategy().search(_plain_task(task, _other_images(seed), options, seed))
+
+
+def _by_histogram(options: CompareOptions, seed: int) -> DilationPattern:
+    torch.manual_seed(seed)
+    task = trained(options, seed, SUPERNET)
+    plain = PlainTask(task, task.network, _other_images(seed), _loss)
+    return HistogramStrategy().search(replace(SearchTask.of(task.network, seed=seed), plain=plain))
+
+
+def _other_images(seed: int) -> Callable[[], Iterable[Any]]:
+    images = ScatteredDigits(seed=seed + 1000)
+    return lambda: build_loader(images, IMAGES)
 
 
 def _plain_task(
     task: Task, samples: Callable[[], Iterable[Any]], options: CompareOptions, seed: int
 ) -> SearchTask:
-    plain = PlainTask(task, task.network, samples, lambda model, x: model(**x, mode="loss")["loss"])
+    plain = PlainTask(task, task.network, samples, _loss)
     return SearchTask.of_plain(plain, DilationSpace(options.kernel), seed)
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch, mode="loss")["loss"]

@@ -11,6 +11,7 @@ from search.strategies.darts import DartsStrategy
 from search.strategies.edo import EDOStrategy, edo
 from search.strategies.gradient import GradientStrategy
 from search.strategies.hand import HandStrategy
+from search.strategies.histogram import HistogramStrategy
 from search.strategies.pareto import FrontMember, ParetoOptions, ParetoStrategy, knee
 from search.strategies.random import RandomStrategy
 from search.strategies.rfnext import RFNextStrategy
@@ -30,6 +31,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
             RFNextStrategy,
             DartsStrategy,
             SinglePathStrategy,
+            HistogramStrategy,
         )
     }
 )
@@ -41,6 +43,7 @@ __all__ = [
     "FrontMember",
     "GradientStrategy",
     "HandStrategy",
+    "HistogramStrategy",
     "ParetoOptions",
     "ParetoStrategy",
     "PlainTask",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A soft choice of dilations after DARTS (Liu et al., ICLR 2019), whose shares learn along with the network."""
+"""A soft choice of dilations, after DARTS (Liu et al., ICLR 2019): its shares learn with the network."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from search.strategies.base import SearchTask, Strategy
 
 
 class RFNextStrategy(Strategy):
-    """mmcv's RFSearchHook on a copy of the plain network: each layer learns the weights of two dilations round
-    its own, takes their mean at every update, and goes on round that.
+    """mmcv's RFSearchHook on a copy of the plain network: each layer learns the weights of two dilations
+    round its own, takes their mean at every update, and goes on round that.
 
     Args:
         steps: of the training.
