@@ -95,7 +95,7 @@ class ResNet(nn.Module):
 
     Args:
         block: BasicBlock or Bottleneck.
-        layers: number of blocks in each of the four stages.
+        layers: number of blocks in each of the four stages; fewer numbers, fewer stages.
         num_classes: outputs of the classifier.
         groups, width_per_group: of a Bottleneck's 3x3 convolutions; 32 and 4 make a ResNeXt 32x4d.
         width: channels of the stem and of the first stage's planes; 64 in the published networks.
@@ -103,7 +103,7 @@ class ResNet(nn.Module):
         out_indices: stages (0 to 3) whose features forward returns, instead of the classifier's output.
 
     Attributes:
-        out_channels: channels of each of the four stages.
+        out_channels: channels of each stage.
 
     Shape:
         input (N, 3, H, W), output (N, num_classes); or a tuple of feature maps (N, out_channels[i],
@@ -133,14 +133,15 @@ class ResNet(nn.Module):
         out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if out_indices is not None and (not out_indices or not set(out_indices) <= {0, 1, 2, 3}):
-            raise ValueError(f"out_indices must be stages from 0 to 3; got {tuple(out_indices)}")
+        stages = range(len(layers))
+        if out_indices is not None and (not out_indices or not set(out_indices) <= set(stages)):
+            raise ValueError(f"out_indices must be stages from 0 to {stages[-1]}; got {tuple(out_indices)}")
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem_pool else nn.Identity()
         self.out_indices = None if out_indices is None else tuple(out_indices)
-        self.out_channels = tuple(width * 2**stage * block.expansion for stage in range(4))
+        self.out_channels = tuple(width * 2**stage * block.expansion for stage in stages)
         channels = width
         for stage, (count, out_channels) in enumerate(zip(layers, self.out_channels, strict=True)):
             blocks = []
@@ -160,8 +161,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for stage in range(len(self.out_channels)):
+            x = getattr(self, f"layer{stage + 1}")(x)
             features.append(x)
         if self.out_indices is not None:
             return tuple(features[index] for index in self.out_indices)

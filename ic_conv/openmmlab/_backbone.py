@@ -98,8 +98,9 @@ class Backbone(BaseModule):
             with config_key(self.transform_key):
                 transform(self)
         if with_cp:
-            for name in ("layer1", "layer2", "layer3", "layer4"):
-                self.add_module(name, RecomputedStage(*self.get_submodule(name)))
+            for name, stage in list(self.named_children()):
+                if name.startswith("layer"):
+                    self.add_module(name, RecomputedStage(*stage))
         self._freeze()
 
     def _freeze(self) -> None:

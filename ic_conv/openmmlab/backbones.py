@@ -28,6 +28,7 @@ class ICResNet(resnet.ResNet, Backbone):
             like ``pattern_zoo/...``, beside the package.
         groups, base_width: 32 and 4 make a ResNeXt 32x4d, whose pattern counts groups.
         base_channels: of the stem and of the first stage; fewer than 64 make a slim network.
+        num_stages: the first ones of the four; without the others, maps of small images are not as small.
         out_indices: stages (0 to 3) whose feature maps forward returns as a tuple.
         common: the options of `Backbone`.
 
@@ -46,11 +47,12 @@ class ICResNet(resnet.ResNet, Backbone):
         groups: int = 1,
         base_width: int = 4,
         base_channels: int = 64,
+        num_stages: int = 4,
         out_indices: Sequence[int] = ALL_STAGES,
         **common: Any,
     ) -> None:
         dilations = find_pattern(pattern)
-        options = _resnet_options(depth, groups, base_width, base_channels, out_indices)
+        options = _resnet_options(depth, groups, base_width, base_channels, num_stages, out_indices)
         super().__init__(**options)
         transform = None if dilations is None else partial(apply_pattern, pattern=dilations, inplace=True)
         self.set_up(partial(resnet.ResNet, **options), transform, **common)
@@ -71,7 +73,7 @@ class SuperResNet(resnet.ResNet, Backbone):
     Pretrained weights are those of a supernet, or plain ones, which stand at the centre of the grown kernels.
 
     Args:
-        depth, groups, base_width, base_channels, out_indices, common: as in `ICResNet`.
+        depth, groups, base_width, base_channels, num_stages, out_indices, common: as in `ICResNet`.
         kernel_size: size of the grown 3x3 kernels; 9 gives 16 candidate dilations, 13 gives 36.
 
     Example:
@@ -88,12 +90,13 @@ class SuperResNet(resnet.ResNet, Backbone):
         groups: int = 1,
         base_width: int = 4,
         base_channels: int = 64,
+        num_stages: int = 4,
         out_indices: Sequence[int] = ALL_STAGES,
         **common: Any,
     ) -> None:
         from search import convert_to_supernet
 
-        options = _resnet_options(depth, groups, base_width, base_channels, out_indices)
+        options = _resnet_options(depth, groups, base_width, base_channels, num_stages, out_indices)
         super().__init__(**options)
         grow = partial(convert_to_supernet, kernel_size=kernel_size, inplace=True)
         self.set_up(partial(resnet.ResNet, **options), grow, **common)
@@ -111,14 +114,14 @@ def _kernel_size(state: Mapping[str, Tensor]) -> int:
 
 
 def _resnet_options(
-    depth: int, groups: int, base_width: int, base_channels: int, out_indices: Sequence[int]
+    depth: int, groups: int, base_width: int, base_channels: int, num_stages: int, out_indices: Sequence[int]
 ) -> dict[str, Any]:
     depths = {int(name.removeprefix("ic_resnet")): name for name in resnet.ARCHITECTURES if "x" not in name}
     block, layers, *_ = resnet.ARCHITECTURES[depths[one_of(depth, list(depths), "depth")]]
     width = 64 if groups == 1 else base_width
     return {
         "block": block,
-        "layers": layers,
+        "layers": layers[: one_of(num_stages, range(1, 5), "num_stages")],
         "groups": groups,
         "width_per_group": width,
         "width": base_channels,

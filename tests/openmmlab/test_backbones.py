@@ -103,6 +103,16 @@ def test_out_indices_are_the_stages() -> None:
     assert [tuple(x.shape) for x in build(out_indices=(1, 3))(image())] == [(2, 128, 8, 8), (2, 512, 2, 2)]
 
 
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_the_last_stages_may_be_left_out(with_cp: bool) -> None:
+    short, whole = build(num_stages=2, out_indices=(0, 1), with_cp=with_cp), build(out_indices=(0, 1))
+    assert not hasattr(short, "layer3")
+    short.load_state_dict({key: x for key, x in whole.state_dict().items() if key in short.state_dict()})
+    assert all(torch.equal(x, y) for x, y in zip(short(image()), whole(image()), strict=True))
+    with pytest.raises(ValueError, match="out_indices must be stages from 0 to 1; got"):
+        build(num_stages=2)
+
+
 @pytest.mark.parametrize("kind", ["ICResNet", "RedNet"])
 @pytest.mark.parametrize("frozen", [-1, 0, 1, 4])
 def test_frozen_stages_get_no_gradients_and_stay_in_eval(kind: str, frozen: int) -> None:
