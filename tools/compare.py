@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     people = commands.add_parser(
         "people", help="bottom-up pose: COCO AP on drawn people after equal training"
     )
-    people.add_argument("--steps", type=int, default=600, help="training steps of each network (default 600)")
+    people.add_argument("--steps", type=int, default=500, help="training steps of each network (default 500)")
     people.add_argument("--methods", default="plain,edo energy", help='default "plain,edo energy"')
     people.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     people.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a pattern searched on poses pay? Plain and inception networks learn drawn people for the same steps.
+
+The pattern is found once, on one supernet; the seeds are those of the trainings after it.
+Finished runs lie as JSON files in the work folder; an interrupted training goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from ic_conv._files import write_text
+from ic_conv.openmmlab.pose.drawn_people import write_people
+from ic_conv.openmmlab.runner import load_config, prepare
+from ic_conv.pattern import DilationPattern
+from search.criteria import CRITERIA
+from search.engine import TrainOptions
+from search.run import SearchOptions, search_pattern
+from search.run import prepare as prepare_search
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs/human_pose/res18_drawn_256x256.py"
+SUPERNET, PLAIN, FOUND = "supernet", "plain", "edo "
+STAGES = 2  # of the ResNet-18: its maps are an eighth of the image
+METHODS = (PLAIN, *(FOUND + name for name in CRITERIA))
+METRICS = ("AP", "AP .5", "AP .75", "AP (M)")  # COCO's; M: people above 32² pixels of the picture
+
+
+@dataclass(frozen=True)
+class PeopleOptions:
+    """What is equal for all networks.
+
+    Args:
+        work_dir: folder for pictures, finished runs and patterns.
+        steps: training steps of every network.
+        batch_size: images per step.
+        image_size: side of the training images in pixels, a multiple of 32.
+        base_channels: of the ResNet-18, which has 64.
+        kernel: size of the supernet's kernels.
+        lr: peak learning rate.
+        tag_weight: of the tag losses; 0.001 where heatmaps have 160 x 160 pixels, most of them empty.
+        train_images, val_images: drawn pictures.
+    """
+
+    work_dir: Path
+    steps: int = 500
+    batch_size: int = 8
+    image_size: int = 192
+    base_channels: int = 32
+    kernel: int = 9
+    lr: float = 4e-3
+    tag_weight: float = 0.01
+    train_images: int = 200
+    val_images: int = 100
+
+    @property
+    def supernet_steps(self) -> int:
+        """Of the supernet, which costs four times as much: three fifths of the same schedule."""
+        return max(1, 3 * self.steps // 5)
+
+
+def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
+    """The config of one run: ResNet-18 plain, as a supernet, or with the pattern in the work folder."""
+    config = load_config(CONFIG)
+    folder, channels = run_folder(method, seed, options), options.base_channels
+    backbone = config.model.backbone
+    # maps of the size that they have in the published training, of images three times as large
+    backbone.update(base_channels=channels, num_stages=STAGES, out_indices=(STAGES - 1,))
+    if method == SUPERNET:
+        backbone.update(type="SuperResNet", kernel_size=options.kernel)
+    elif method != PLAIN:
+        backbone.pattern = str(pattern_path(method, options))
+    size = (options.image_size, options.image_size)
+    codec = {"input_size": size, "heatmap_size": (size[0] // 4, size[1] // 4)}
+    config.model.head.decoder.update(codec)
+    config.model.head.tag_loss.loss_weight = options.tag_weight
+    channels *= 2 ** (STAGES - 1)
+    config.model.head.update(in_channels=channels, deconv_out_channels=(channels,), deconv_kernel_sizes=(4,))
+    loaders = (config.train_dataloader, config.val_dataloader, config.test_dataloader)
+    for loader in loaders:
+        loader.dataset.data_root = str(options.work_dir / "people")
+        loader.dataset.pipeline[1].input_size = size
+    config.train_dataloader.batch_size = options.batch_size
+    config.train_dataloader.dataset.pipeline[3].encoder.update(codec)
+    config.optim_wrapper.optimizer.lr = options.lr
+    steps = options.supernet_steps if method == SUPERNET else options.steps
+    config.train_cfg.update(max_iters=steps, val_begin=steps + 1)  # one test, after it
+    warm_up, cosine = config.param_scheduler
+    warm_up.end = cosine.begin = max(2, options.steps // 20)
+    cosine.end = options.steps
+    config.default_hooks.checkpoint.update(interval=max(1, options.steps // 10), save_best=None)
+    config.randomness = {"seed": seed}
+    config.log_level = "WARNING"
+    # MMEngine keeps loggers and visualizers by name in global tables
+    config.experiment_name = config.visualizer.name = str(folder)
+    return prepare(config, CONFIG, work_dir=str(folder), resume="auto")
+
+
+def run(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
+    """One finished run: COCO's figures in percent, and the pattern's share of plain channels."""
+    folder = run_folder(method, seed, options)
+    record = folder.with_suffix(".result.json")
+    identity = {key: value for key, value in asdict(options).items() if key != "work_dir"}
+    if record.exists():
+        document = json.loads(record.read_text(encoding="utf-8"))
+        if document["options"] != identity:
+            raise ValueError(f"{record}: made with {document['options']}; choose another --work-dir")
+        return document["result"]
+    plain_share = 1.0
+    if method.startswith(FOUND):
+        layers = _search(method, options).layers
+        plain_share = sum(layer.plain_share for layer in layers) / len(layers)
+    config = task_config(method, seed, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dump(folder.with_suffix(".py"))
+    with redirect_stdout(StringIO()):  # COCO's tools print their tables
+        runner = Runner.from_cfg(config)
+        runner.train()
+        scores = runner.val()
+    result = {name: round(100 * float(scores[f"coco/{name}"]), 2) for name in METRICS}
+    result["plain_share"] = plain_share
+    write_text(record, json.dumps({"options": identity, "result": result}, indent=2) + "\n")
+    return result
+
+
+def _search(method: str, options: PeopleOptions) -> DilationPattern:
+    """The pattern of the supernet, by what `tools/search.py --config` does."""
+    path, supernet = pattern_path(method, options), run_folder(SUPERNET, 0, options)
+    if not path.exists():
+        search = SearchOptions(
+            TrainOptions(path.parent, device="cpu"),
+            criterion=method.removeprefix(FOUND),
+            task_config=str(supernet.with_suffix(".py")),
+            checkpoint=str(supernet / f"iter_{options.supernet_steps}.pth"),
+            output=path,
+        )
+        search_pattern(search, prepare_search(search)).save(path)
+    return DilationPattern.load(path)
+
+
+def run_folder(method: str, seed: int, options: PeopleOptions) -> Path:
+    return options.work_dir.absolute() / f"seed{seed}" / method.replace(" ", "_")
+
+
+def pattern_path(method: str, options: PeopleOptions) -> Path:
+    return run_folder(method, 0, options).with_suffix(".json")
+
+
+def compare(
+    options: PeopleOptions, names: Sequence[str], seeds: int, jobs: int
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Runs the named methods on every seed in `jobs` processes; yields each run as it ends."""
+    write_people(
+        options.work_dir / "people", {"train": options.train_images, "val": options.val_images}
+    )  # the same pictures each time
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        found = [name for name in names if name.startswith(FOUND)]
+        before = [(SUPERNET, 0)] if found else []
+        before += [(name, seed) for name in names if name not in found for seed in range(seeds)]
+        for group in (before, [(name, seed) for name in found for seed in range(seeds)]):
+            futures = {pool.submit(run, *one, options): one for one in group}
+            try:
+                for future in as_completed(futures):
+                    yield (*futures[future], future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A Markdown table: mean and standard deviation over the seeds, in percent."""
+    lines = [f"| method | {' | '.join(METRICS)} | plain channels |", "|---" * (len(METRICS) + 2) + "|"]
+    for name, runs in results.items():
+        cells = []
+        for column in (*METRICS, "plain_share"):
+            values = [run[column] * (100 if column == "plain_share" else 1) for run in runs]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
