@@ -10,6 +10,8 @@ Legend: U units, P branches.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,23 +55,22 @@ class Transport:
         """Moves units until the branches have these sizes."""
         missing = sizes - self.sizes
         while missing.any():
-            costs, after = self._chains()
-            costs[missing >= 0] = np.inf
-            costs[:, missing <= 0] = np.inf
-            source, sink = np.unravel_index(costs.argmin(), costs.shape)
-            self._follow(int(source), int(sink), after)
-            missing[source] += 1
-            missing[sink] -= 1
+            chain = self._cheapest_chain(missing)
+            self._follow(chain)
+            missing[chain[0]] += 1
+            missing[chain[-1]] -= 1
         return self
 
     def prices(self) -> Errors:
         """What one unit more costs in each branch, up to a constant: (P,)."""
-        costs, _ = self._chains()
-        return costs[int(self.sizes.argmax())]
+        return self.chain_costs()[int(self.sizes.argmax())]
 
     def chain_costs(self) -> Errors:
-        """What it costs to move one unit's room from branch to branch: (P, P)."""
-        return self._chains()[0]
+        """What it costs to move one unit's room from branch to branch: (P, P) (Floyd and Warshall)."""
+        costs = self._moves.copy()
+        for middle in range(len(costs)):
+            np.minimum(costs, costs[:, middle, None] + costs[middle], out=costs)
+        return costs
 
     def _update(self, branch: int) -> None:
         """The cheapest single move out of a branch to every other one."""
@@ -80,28 +81,33 @@ class Transport:
             self._moves[branch] = np.inf
         self._moves[branch, branch] = 0.0
 
-    def _chains(self) -> tuple[Errors, Indices]:
-        """Cheapest chains of moves (Floyd and Warshall): costs (P, P), and the first branch on the way."""
-        costs = self._moves.copy()
-        after = np.broadcast_to(np.arange(len(costs)), costs.shape).copy()
-        for middle in range(len(costs)):
-            through = costs[:, middle, None] + costs[middle]
-            shorter = through < costs - 1e-12
-            np.copyto(costs, through, where=shorter)
-            np.copyto(after, after[:, middle, None], where=shorter)
-        return costs, after
+    def _cheapest_chain(self, missing: Indices) -> list[int]:
+        """From a branch that has too many units to one that has too few (Bellman and Ford)."""
+        costs = np.where(missing < 0, 0.0, np.inf)
+        before = np.full(len(costs), -1)
+        while True:
+            through = costs[:, None] + self._moves
+            source, best = through.argmin(axis=0), through.min(axis=0)
+            shorter = best < costs - 1e-12
+            if not shorter.any():
+                break
+            np.copyto(costs, best, where=shorter)
+            np.copyto(before, source, where=shorter)
+        costs[missing <= 0] = np.inf
+        chain = [int(costs.argmin())]
+        while before[chain[0]] >= 0:
+            chain.insert(0, int(before[chain[0]]))
+        return chain
 
-    def _follow(self, source: int, sink: int, after: Indices) -> None:
+    def _follow(self, chain: list[int]) -> None:
         """Moves one unit along each step of the chain; all are chosen before any moves."""
-        moves, at = [], source
-        while at != sink:
-            to = int(after[at, sink])
+        moves = []
+        for at, to in pairwise(chain):
             inside = np.flatnonzero(self.branch == at)
-            moves.append((inside[(self.errors[to, inside] - self.errors[at, inside]).argmin()], at, to))
-            at = to
-        for unit, _, to in moves:
+            moves.append((inside[(self.errors[to, inside] - self.errors[at, inside]).argmin()], to))
+        for unit, to in moves:
             self.branch[unit] = to
-        for branch in {source, *(to for _, _, to in moves)}:
+        for branch in chain:
             self._update(branch)
 
 
