@@ -8,6 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,8 +92,7 @@ def _make(name: str, seed: int, options: CompareOptions) -> dict[str, Any]:
     pattern = None if method.pattern is None else pattern_of(name, seed, options)
     training = options.training(seed, name, method.training_steps(options))
     folder, steps = options.path(seed, f"{name}.result"), method.training_steps(options)
-    state, finished = folder / STATE, (folder / FINAL).exists()
-    begun = read_checkpoint(state)["step"] if state.exists() else 0
+    left = _steps_left(folder, steps)
     start = time.process_time()
     task = _start(name, seed, options, pattern)
     data = ScatteredDigits(seed=seed + OTHER_IMAGES * method.refit)
@@ -101,16 +101,24 @@ def _make(name: str, seed: int, options: CompareOptions) -> dict[str, Any]:
     else:
         grow, at = method.grow, max(1, steps // GROW_AFTER)
         pattern = train_growing(task, data, training, at, lambda plain: grow(plain, options, seed))
-    # Of an interrupted training, only the last part was timed.
-    seconds = (time.process_time() - start) * steps / (steps - begun)
+    seconds = time.process_time() - start
     made = pattern if method.pattern else None
     search = 0.0 if made is None else made.meta.get("search_seconds")
     score = evaluate(task, ScatteredDigits("val", length=options.val_images), device="cpu")
     shares = [1.0] if pattern is None else [layer.plain_share for layer in pattern.layers]
     return {
         "result": {**score, "plain_share": sum(shares) / len(shares)},
-        "seconds": None if finished or search is None else round(search + seconds, 1),
+        # Of an interrupted training only the last part was timed.
+        "seconds": round(search + seconds * steps / left, 1) if left and search is not None else None,
     }
+
+
+def _steps_left(folder: Path, steps: int) -> int:
+    """Of a training that may have been interrupted."""
+    if (folder / FINAL).exists():
+        return 0
+    state = folder / STATE
+    return steps - read_checkpoint(state)["step"] if state.exists() else steps
 
 
 def _start(name: str, seed: int, options: CompareOptions, pattern: DilationPattern | None) -> Task:

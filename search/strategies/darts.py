@@ -25,6 +25,7 @@ class SoftTaps(nn.Module):
     def __init__(self, space: DilationSpace, units: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(units, len(space.candidates)))
+        self.masks: Tensor
         self.register_buffer("masks", space.tap_masks().float())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -67,8 +68,8 @@ class DartsStrategy(Strategy):
         ]
         fit(model, task.plain, batches_after(task.plain, 0), self.steps, groups=groups)
         candidates = task.space.candidates
-        layers = (
+        found = (
             LayerPattern.from_assignment([candidates[i] for i in soft.logits.argmax(1).tolist()], name)
             for name, soft in taps.items()
         )
-        return DilationPattern(tuple(layers), task.space.kernel, task.space.base_kernel)
+        return DilationPattern(tuple(found), task.space.kernel, task.space.base_kernel)

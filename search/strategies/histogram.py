@@ -93,16 +93,17 @@ class HistogramStrategy(Strategy):
         if task.plain is None:
             raise ValueError("the strategy histogram needs a trained network and its loss, got none")
         self.check(task)
-        trials = Trials.of(task, task.plain, self.steps, self.latency and self.latency.predict)
+        latency = None if self.latency is None else self.latency.predict
+        trials = Trials.of(task, task.plain, self.steps, latency)
         identity = self._identity(task)
         study = studies.open_study(self.study, trials.directions, identity, task.seed)
         studies.work_on(study, trials, self.study, identity)
         if not study.best_trials:
             raise ValueError(f"no trial succeeded: {studies.failures(study)[0]}")
-        members = [
-            FrontMember(trials.pattern(FixedTrial(trial.params)), trial.number, *trial.values, 0.0)
-            for trial in studies.front(study)
-        ]
+        members = []
+        for trial in studies.front(study):
+            loss, ms = (*trial.values, 0.0)[:2]
+            members.append(FrontMember(trials.pattern(FixedTrial(trial.params)), trial.number, loss, ms))
         best = members[0] if self.latency is None else knee(members)
         params = study.trials[best.trial].params
         meta = {

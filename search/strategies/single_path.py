@@ -28,6 +28,7 @@ class OnePath(nn.Module):
     def __init__(self, space: DilationSpace, units: int) -> None:
         super().__init__()
         self.choice = torch.zeros(units, dtype=torch.int64)
+        self.masks: Tensor
         self.register_buffer("masks", space.tap_masks())
 
     def forward(self, weight: Tensor) -> Tensor:
