@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import optuna
 import torch.multiprocessing
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback, Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -67,6 +68,21 @@ class StudyOptions:
             raise ValueError(f"{self.jobs} jobs need a storage that they can share, got storage none")
 
 
+class _Lock:
+    """Lets one process at a time write to a journal, in the order of asking; a killed one loses the lock."""
+
+    def __init__(self, journal: Path) -> None:
+        self._path = journal.with_name(f"{journal.name}.lock").absolute()
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("a")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        self._file.close()
+
+
 def open_storage(storage: str) -> BaseStorage:
     """The storage; it is made if it can be.
 
@@ -77,13 +93,10 @@ def open_storage(storage: str) -> BaseStorage:
         return InMemoryStorage()
     try:
         if "://" not in storage:
-            # The lock is a link to this path: a relative one leads nowhere, and then the lock that a killed
-            # process left is never released. It is after the grace period in seconds; a write takes far less.
-            path = Path(storage).absolute()
+            path = Path(storage)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-            lock = JournalFileSymlinkLock(str(path), grace_period=5)
-            return JournalStorage(JournalFileBackend(str(path), lock))
+            return JournalStorage(JournalFileBackend(str(path), _Lock(path)))  # type: ignore[arg-type]
         return RDBStorage(storage)
     except Exception as error:  # each database driver has errors of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -183,7 +196,9 @@ def work_on(
         _run(study, objective, options.trials, report)
     else:
         directions = [direction.name.lower() for direction in study.directions]
-        context = torch.multiprocessing.get_context("spawn")
+        # Workers begin as copies of a process that has imported what they need.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, type(objective).__module__])
         workers = [
             context.Process(
                 target=_worker, args=(objective, options, directions, identity, index), daemon=True

@@ -214,7 +214,7 @@ def test_a_study_goes_on_where_it_was(
     storage: str, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    task = small_task()
+    task, before = small_task(), []
     for trials in (3, 5):
         study = StudyOptions(storage, "mine", sampler, trials=trials)
         ParetoStrategy(ParetoOptions(table(), study=study)).front(task)
@@ -224,7 +224,9 @@ def test_a_study_goes_on_where_it_was(
             if "://" in storage
             else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage)),
         )
-        assert len(stored.trials) == trials
+        found = [(trial.params, trial.values) for trial in stored.trials]
+        assert len(found) == trials and found[: len(before)] == before
+        before = found
     with pytest.raises(ValueError, match=r"study mine in .*study\.\w+ was made with other options: latency"):
         ParetoStrategy(ParetoOptions(table(2.0), study=study)).check(task)
     with pytest.raises(ValueError, match="made with other options: criteria"):
@@ -374,15 +376,34 @@ def test_the_score_after_fine_tuning_is_the_third_objective(tmp_path: Path) -> N
     assert other.returncode == 2 and "made with other options: finetune_steps 1, now 0" in other.stderr
 
 
-def test_the_lock_of_a_killed_process_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HOLDER = """
+from search.study import open_storage
+import sys, time
+
+storage = open_storage(sys.argv[1])
+storage._backend._lock.acquire()
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
     from search.study import open_storage
 
-    monkeypatch.chdir(tmp_path)
-    open_storage("study.journal")
-    path = tmp_path / "study.journal"
-    path.with_name("study.journal.lock").symlink_to(path)
-    optuna.create_study(storage=open_storage("study.journal"), study_name="found")
-    assert optuna.get_all_study_names(open_storage("study.journal")) == ["found"]
+    journal = str(tmp_path / "study.journal")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, journal], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    options = {"storage": open_storage(journal), "study_name": "found"}
+    waiting = threading.Thread(target=optuna.create_study, kwargs=options)
+    waiting.start()
+    waiting.join(timeout=0.5)
+    assert waiting.is_alive(), "the lock must hold while its process lives"
+    holder.kill()
+    waiting.join(timeout=60)
+    assert optuna.get_all_study_names(open_storage(journal)) == ["found"]
+    holder.wait()
 
 
 def complete(options: StudyOptions) -> dict[int, Any]:
