@@ -47,6 +47,8 @@ CASES = [
     pytest.param(Case(1, 16, 1, (9, 8), (5, 5), {"stride": (3, 1)}), id="G1, K5, stride pair"),
     pytest.param(Case(1, 6, 6, (7, 7), (3, 5)), id="G=C, 3x5"),
     pytest.param(Case(1, 10, 2, (6, 7), (9, 9)), id="K9, 5 channels per group"),
+    pytest.param(Case(1, 24, 1, (4, 5), (3, 3)), id="24 channels per group"),
+    pytest.param(Case(1, 64, 2, (5, 4), (3, 3), {"stride": 2}), id="32 channels per group, stride 2"),
     pytest.param(Case(2, 8, 2, (8, 9), (3, 3), {"dilation": (2, 3)}), id="dilation"),
     pytest.param(Case(2, 32, 4, (9, 8), (3, 3), per_group((1, 1), (2, 1), (2, 1), (1, 4))), id="per group"),
     pytest.param(
