@@ -79,7 +79,8 @@ def involution2d(
         padding: pixels on each side; None pads each group by dilation * (K - 1) / 2, which gives an output
             of ceil(H / stride) x ceil(W / stride).
         dilation: one int, one pair (dy, dx), or a pair for each group.
-        backend: a name of the operator's table, None for the first that can run the call.
+        backend: a name of the operator's table, None for the first that can run the call. In an ONNX file,
+            "shift" is a loop over taps, which takes little memory; any other is a gather and a product.
 
     Returns:
         (N, C, Ho, Wo) of the dtype of x.
