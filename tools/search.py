@@ -403,6 +403,8 @@ def task_config_of(args: argparse.Namespace) -> str | None:
     """
     from mmengine.config import Config
 
+    from search.strategies import STRATEGIES
+
     if args.config is None or not Path(args.config).is_file():
         return None
     try:
@@ -412,7 +414,7 @@ def task_config_of(args: argparse.Namespace) -> str | None:
         return None
     defaults = parse_args([])
     decided = ["arch", "data", "image_size", "steps", "epochs", "lr", "workers"]
-    if args.strategy != "gradient":  # whose network is plain
+    if args.strategy in STRATEGIES and not STRATEGIES[args.strategy].needs_plain:  # a plain network has none
         decided += ["kernel", "base_kernel"]
     for name in decided:
         if getattr(args, name) != getattr(defaults, name):

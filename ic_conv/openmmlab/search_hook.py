@@ -111,6 +111,15 @@ class DilationSearchHook(Hook):
                 )
             self._finder().check(self._task(runner))
 
+    def before_train(self, runner: Any) -> None:
+        unit, _ = _length(runner)
+        done = runner.epoch if unit == "epochs" else runner.iter
+        if self.at is not None and self.at[-1] <= done and _grown(_backbone(runner.model)):
+            runner.logger.warning(
+                f"DilationSearchHook: the last search was due after {self.at[-1]} {unit}, {done} are done; "
+                "the network stays a supernet"
+            )
+
     def after_train_epoch(self, runner: Any) -> None:
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
             self._search(runner, runner.epoch + 1)

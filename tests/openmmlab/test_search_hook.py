@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import mmengine
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -29,8 +28,6 @@ from ic_conv import DilationPattern, ICConv2d, ic_resnet18
 from search import convert_to_supernet
 from search.refit import warm_start
 from search.supernet import SuperConv2d, super_layers
-from tests.openmmlab.commands import command
-from tests.openmmlab.generated import write_data
 
 ADAM = {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.1}
 SGD = {"type": "SGD", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
@@ -92,8 +89,7 @@ def train(
         randomness={"seed": 0},
         resume=resume,
         experiment_name=uuid.uuid4().hex,
-        log_level="ERROR",
-        **options,
+        **{"log_level": "ERROR", **options},
     )
     runner.train()
     return runner
@@ -235,6 +231,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(broken: int, tmp_path: Path)
         assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
 
 
+def test_a_search_that_was_missed_is_told(tmp_path: Path) -> None:
+    train(tmp_path, [], 2)
+    runner = train(tmp_path, [search(at=1)], 3, resume=True, log_level="WARNING")
+    assert (
+        "the last search was due after 1 epochs, 2 are done"
+        in Path(runner._log_dir).joinpath(f"{runner.timestamp}.log").read_text()
+    )
+    assert super_layers(runner.model.backbone) and not (tmp_path / "pattern.json").exists()
+
+
 def test_in_a_training_that_counts_iterations(tmp_path: Path) -> None:
     train_cfg = {"by_epoch": False, "max_iters": 4, "val_interval": 100}
     runner = train(tmp_path, [search(at=3, strategy="random", seed=1)], train_cfg=train_cfg)
@@ -287,83 +293,6 @@ def test_a_network_without_grown_layers_is_refused(tmp_path: Path) -> None:
     plain = Model(ic_resnet18(width=4, out_indices=(0, 1, 2, 3)))
     with pytest.raises(ValueError, match=r"model\.backbone must be a supernet \(type='SuperResNet'\), got"):
         train(tmp_path, [search()], model=plain)
-
-
-DETECTOR = """
-_base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
-custom_imports = dict(imports=["ic_conv.openmmlab"], allow_failed_imports=False)
-custom_hooks = [dict(type="DilationSearchHook", calibration_batches=2)]
-model = dict(
-    backbone=dict(_delete_=True, type="SuperResNet", depth=18, kernel_size=5, base_channels=8),
-    neck=dict(in_channels=[8, 16, 32, 64]),
-    bbox_head=dict(num_classes=3),
-    test_cfg=dict(score_thr=0, nms_pre=50),
-)
-pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="Resize", scale=(128, 96), keep_ratio=True),
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
-]
-data = dict(data_root="data/coco/", pipeline=pipeline)
-loader = dict(num_workers=0, persistent_workers=False, dataset=data)
-train_dataloader = dict(batch_size=2, **loader)
-val_dataloader = loader
-test_dataloader = loader
-train_cfg = dict(max_epochs=2)
-"""
-
-
-@pytest.fixture
-def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    pytest.importorskip("mmdet", reason="MMDetection is not installed")
-    write_data(tmp_path / "data")
-    (tmp_path / "task.py").write_text(DETECTOR)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
-
-
-@pytest.mark.slow
-def test_a_detector_is_trained_searched_resumed_and_tested(detector: Path) -> None:
-    train_tool, test_tool = command("train"), command("test")
-    assert train_tool("task.py", "--work-dir", "run") == 0
-    pattern = DilationPattern.load("run/pattern.json")
-    assert (len(pattern.layers), pattern.kernel) == (16, 5)
-    assert (pattern.meta["architecture"], pattern.meta["data"]) == ("task", "CocoDataset")
-    more = ["--cfg-options", "train_cfg.max_epochs=3"]
-    assert train_tool("task.py", "--work-dir", "run", "--resume", *more) == 0
-    assert weights(Path("run/epoch_3.pth")).keys() == weights(Path("run/epoch_2.pth")).keys()
-    Path("found.py").write_text(
-        "_base_ = './task.py'\ncustom_hooks = []\n"
-        "model = dict(backbone=dict(_delete_=True, type='ICResNet', depth=18, base_channels=8, "
-        "pattern='run/pattern.json'))\n"
-    )
-    boxes = []
-    for config in ("task", "found"):  # the supernet's config takes up the checkpoint's layers
-        assert test_tool(f"{config}.py", "run/epoch_3.pth", "--work-dir", config, "--out", "boxes.pkl") == 0
-        boxes.append([image["pred_instances"]["scores"] for image in mmengine.load("boxes.pkl")])
-    assert all(len(one) and torch.equal(one, two) for one, two in zip(*boxes, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("calibration_batches=2", "criterion='best'", "unknown criterion 'best'; known ones: energy"),
-        ("calibration_batches=2", "at=[1, 3]", "at must lie within the training's 2 epochs, got 3"),
-        ("SuperResNet", "ICResNet", "must be a supernet (type='SuperResNet'), got ICResNet"),
-    ],
-)
-def test_a_config_that_cannot_search_is_one_line(
-    old: str, new: str, message: str, detector: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = DETECTOR.replace(old, new).replace(
-        "kernel_size=5, ", "" if new == "ICResNet" else "kernel_size=5, "
-    )
-    (detector / "task.py").write_text(text)
-    assert command("train")("task.py") == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == error.count("error:") == 1, error
 
 
 def main(folder: Path) -> None:

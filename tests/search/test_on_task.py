@@ -7,10 +7,10 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from ic_conv import DilationPattern
 from ic_conv.checkpoint import read_weights
@@ -71,7 +71,7 @@ def search(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # would outlast the test
 
     def run(*arguments: object, config: str = "task.py") -> int:
-        return module.main(["--config", config, *map(str, arguments)])  # type: ignore[no-any-return]
+        return int(module.main(["--config", config, *map(str, arguments)]))
 
     return run
 
@@ -101,7 +101,7 @@ model = dict(backbone=dict(_delete_=True, type="ICResNet", depth=18, base_channe
 """
 
 
-def result(printed: str, base: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def result(printed: str, base: str) -> tuple[Any, dict[str, torch.Tensor]]:
     """The backbone that the command says to use, with its weights, and these."""
     backbone = next(line for line in printed.splitlines() if line.startswith("  backbone="))
     Path("found.py").write_text(f"_base_ = './{base}'\nmodel = dict({backbone.strip()})\n")
