@@ -176,8 +176,8 @@ def grad_input(grad: Tensor, weight: Tensor, size: Pair, branches: Branches, str
     grad, weight = _last(grad), _last(weight)
     grad_x = torch.empty(len(grad), weight.shape[1], *size, memory_format=torch.channels_last)
     tensors = grad, weight, grad_x, grad.new_zeros(grad.shape[1]), grad.new_empty(weight.shape[1])
-    kernel = (weight.shape[2], weight.shape[3])
-    _launch(_numba_ic_conv2d_grads.kernels()[0], tensors, grad_x, grad, stride, kernel, _parts(branches))
+    kernel, parts = (weight.shape[2], weight.shape[3]), _parts(branches, grad.shape[1])
+    _launch(_numba_ic_conv2d_grads.kernels()[0], tensors, grad_x, grad, stride, kernel, parts)
     return grad_x
 
 
@@ -187,8 +187,8 @@ def grad_weight(grad: Tensor, x: Tensor, kernel: Pair, branches: Branches, strid
 
     grad, x = _last(grad), _last(x)
     grad_w = torch.empty(grad.shape[1], x.shape[1], *kernel, memory_format=torch.channels_last)
-    tensors = grad, x, grad_w, None, None
-    _launch(_numba_ic_conv2d_grads.kernels()[1], tensors, x, grad, stride, kernel, _parts(branches))
+    tensors, parts = (grad, x, grad_w, None, None), _parts(branches, SHARE)
+    _launch(_numba_ic_conv2d_grads.kernels()[1], tensors, x, grad, stride, kernel, parts)
     return grad_w
 
 
@@ -197,12 +197,12 @@ def _last(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _parts(branches: Branches) -> tuple[Part, ...]:
-    """All output channels, in parts small enough to be shared among threads."""
+def _parts(branches: Branches, most: int) -> tuple[Part, ...]:
+    """All output channels, at most so many in a part."""
     parts: list[Part] = []
     start = 0
     for dilation, count in branches:
-        parts += [(start + at, min(SHARE, count - at), dilation) for at in range(0, count, SHARE)]
+        parts += [(start + at, min(most, count - at), dilation) for at in range(0, count, most)]
         start += count
     return tuple(parts)
 
