@@ -224,7 +224,7 @@ def test_a_study_goes_on_where_it_was(
             if "://" in storage
             else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage)),
         )
-        found = [(trial.params, trial.values) for trial in stored.trials]
+        found = [(trial.values, trial.datetime_start) for trial in stored.trials]
         assert len(found) == trials and found[: len(before)] == before
         before = found
     with pytest.raises(ValueError, match=r"study mine in .*study\.\w+ was made with other options: latency"):
