@@ -136,7 +136,10 @@ def open_study(
         study.sampler = optuna.samplers.TPESampler(seed=seed)
     else:
         study.sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
-    pruners = {"median": optuna.pruners.MedianPruner, "halving": optuna.pruners.SuccessiveHalvingPruner}
+    pruners: dict[str, Any] = {
+        "median": optuna.pruners.MedianPruner,
+        "halving": optuna.pruners.SuccessiveHalvingPruner,
+    }
     study.pruner = pruners.get(options.pruner, optuna.pruners.NopPruner)()
     return study
 
