@@ -23,6 +23,7 @@ from search.compare.setting import (
     calibration,
     calibration_samples,
     slim_resnet,
+    task_of,
     trained,
     training_flops,
 )
@@ -46,7 +47,7 @@ from search.tasks import Task
 
 FOUND, REFIT = f"edo {DEFAULT_CRITERION}", " + refit"
 GRADIENT_IMAGES, GROWING_IMAGES = 2048, 256
-SEARCH_STEPS = 200  # of the peers, which search while a network trains
+SEARCH_STEPS, FRESH_STEPS = 200, 300  # of the peers, which search while a network trains
 PatternMaker = Callable[[CompareOptions, int], DilationPattern]
 Grow = Callable[[Task, CompareOptions, int], DilationPattern]
 
@@ -69,7 +70,7 @@ class Method:
 
     pattern: PatternMaker | None = None
     needs: tuple[str, ...] = ()
-    steps: int = 1
+    steps: float = 1
     supernet: bool = False
     refit: bool = False
     plain_images: int = 0
@@ -77,7 +78,7 @@ class Method:
     grow: Grow | None = None
 
     def training_steps(self, options: CompareOptions) -> int:
-        steps = self.steps * options.steps
+        steps = round(self.steps * options.steps)
         return steps if self.grow is None else max(2, steps - -(-self.plain_images // options.batch_size))
 
     def flops(self, options: CompareOptions) -> float:
@@ -106,6 +107,8 @@ def methods() -> dict[str, Method]:
     patterned |= {
         # Two branches in each layer cost less than twice the network.
         "rfnext": Method(_peer(RFNextStrategy), (PLAIN,), plain_images=2 * SEARCH_STEPS * IMAGES),
+        # The same from random weights, which are not yet used to dilation 1.
+        "rfnext fresh": Method(_peer(RFNextStrategy, FRESH_STEPS), plain_images=2 * FRESH_STEPS * IMAGES),
         "darts": Method(_peer(DartsStrategy), (PLAIN,), supernet_images=SEARCH_STEPS * IMAGES),
         # 50 trials with 4 batches, forward alone
         "single-path": Method(
@@ -122,7 +125,8 @@ def methods() -> dict[str, Method]:
     return {
         SUPERNET: Method(supernet=True),
         PLAIN: Method(),
-        f"{PLAIN} x2 steps": Method(steps=2),
+        # The FLOPs of the growing network, and about its seconds where branches are computed as on a CPU.
+        **{f"{PLAIN} x{steps:g} steps": Method(steps=steps) for steps in (2, 2.75)},
         "gradient grown": grown,
         **patterned,
         **refitted,
@@ -187,15 +191,16 @@ def _grown(
     return GradientStrategy((share,)).search(_plain_task(task, lambda: batches, options, seed))
 
 
-def _peer(strategy: type[Strategy]) -> PatternMaker:
-    """By a strategy that trains a copy of the trained plain network, on images that it has not seen."""
-    return partial(_by_training, strategy=strategy)
+def _peer(strategy: Callable[..., Strategy], fresh_steps: int | None = None) -> PatternMaker:
+    """By a strategy that trains a copy of the trained plain network, or for some steps that of a new one."""
 
+    def find(options: CompareOptions, seed: int) -> DilationPattern:
+        torch.manual_seed(seed)
+        task = task_of(slim_resnet()) if fresh_steps else trained(options, seed, PLAIN)
+        finder = strategy(steps=fresh_steps or SEARCH_STEPS)
+        return finder.search(_plain_task(task, _other_images(seed), options, seed))
 
-def _by_training(options: CompareOptions, seed: int, strategy: type[Strategy]) -> DilationPattern:
-    torch.manual_seed(seed)
-    task = trained(options, seed, PLAIN)
-    return strategy().search(_plain_task(task, _other_images(seed), options, seed))
+    return find
 
 
 def _by_histogram(options: CompareOptions, seed: int) -> DilationPattern:

@@ -61,16 +61,29 @@ def draw(results: Mapping[str, Runs], path: Path, cost: str = "flops") -> None:
     if math.isnan(unit):
         raise ValueError(f"the figure counts compute in that of {PLAIN}: it must be among the methods")
     from matplotlib.figure import Figure
+    from matplotlib.transforms import offset_copy
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(
         xlabel=f"{COSTS[cost]}, search included, in those of {PLAIN}", ylabel="mAP, %", xscale="log"
     )
-    for name, runs in results.items():
-        scores, place = [run["mAP"] for run in runs.values()], _mean(runs, cost) / unit
-        if not math.isnan(place):
-            axes.errorbar(place, statistics.mean(scores), interval(scores), marker="o", capsize=3)
-            axes.annotate(name, (place, statistics.mean(scores)), (5, 3), textcoords="offset points", size=8)
+    offset = offset_copy(axes.transData, figure, x=8, units="points")
+    means = {name: (_mean(runs, cost) / unit, _mean(runs, "mAP")) for name, runs in results.items()}
+    known = sorted(
+        (name for name in means if not math.isnan(means[name][0])), key=lambda name: means[name][1]
+    )
+    heights = [means[name][1] for name in known]
+    labels: list[tuple[float, float]] = []
+    for name in known:
+        place, height = means[name]
+        axes.errorbar(
+            place, height, interval([run["mAP"] for run in results[name].values()]), fmt="o", capsize=3
+        )
+        # Labels of points that cost about the same stand above one another.
+        below = [y for x, y in labels if abs(math.log(x / place)) < 0.5]
+        labels.append((place, max([height, *(y + 0.05 * (heights[-1] - heights[0]) for y in below)])))
+        axes.annotate(name, means[name], labels[-1], size=8, va="center", xycoords="data", textcoords=offset)
+    axes.set_xlim(0.9 * min(place for place, _ in labels), 1.7 * max(place for place, _ in labels))
     axes.grid(alpha=0.3, which="both")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
