@@ -27,8 +27,9 @@ from ic_conv.openmmlab.runner import load_config, prepare
 from ic_conv.pattern import DilationPattern
 from search.criteria import CRITERIA
 from search.engine import TrainOptions
-from search.run import SearchOptions, search_pattern
+from search.options import SearchOptions
 from search.run import prepare as prepare_search
+from search.run import search_pattern
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/human_pose/res18_drawn_256x256.py"
 SUPERNET, PLAIN, FOUND = "supernet", "plain", "edo "

@@ -21,7 +21,8 @@ from ic_conv.openmmlab._backbone import read_checkpoint
 from ic_conv.openmmlab._blame import explain
 from ic_conv.openmmlab.runner import load_config
 from search.engine.checkpoint import load_weights
-from search.run import Prepared, SearchOptions
+from search.options import SearchOptions
+from search.run import Prepared
 from search.strategies import PlainTask, SearchTask
 from search.supernet import super_layers
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from search.data import build_loader
 from search.engine.options import resolve_device
-from search.run import Prepared, SearchOptions
+from search.options import SearchOptions
+from search.run import Prepared
 from search.supernet import super_layers
 
 

@@ -240,7 +240,8 @@ def run_assignment(args: argparse.Namespace, device: Any) -> tuple[str, list[dic
     from search.assignment.benchmark import benchmark, random_errors, summary
     from search.criteria import criterion
     from search.engine import TrainOptions
-    from search.run import SearchOptions, prepare
+    from search.options import SearchOptions
+    from search.run import prepare
     from search.space import DilationSpace
     from search.statistics import collect
 

@@ -21,7 +21,8 @@ from rich.progress import track
 if TYPE_CHECKING:
     from ic_conv.pattern import DilationPattern
     from search.assignment import BranchLimits
-    from search.run import Prepared, SearchOptions
+    from search.options import SearchOptions
+    from search.run import Prepared
 
 # Python puts this script's folder first, where the script itself would pass for the package `search`;
 # the working folder comes instead, so that --arch finds the user's own modules.
@@ -432,7 +433,7 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
     from search.data import FolderImages, ScatteredDigits
     from search.engine import TrainOptions
     from search.engine.options import DEFAULT_CONFIG
-    from search.run import DIGITS, SearchOptions
+    from search.options import DIGITS, SearchOptions
 
     task_config = task_config_of(args)
     steps = args.steps
