@@ -125,12 +125,20 @@ def _fit_weights(supernet: nn.Module, pattern: DilationPattern, batches: Iterabl
         name = str(layer_pattern.name)
         moment = moments.pop(name)  # let go of once used
         if isinstance(moment, ConvMoments) and moment.second is not None:
-            _fit_layer(layers[name], layer_pattern, moment.second, ridge)
+            fit_layer(layers[name], layer_pattern, moment.second, ridge)
     for name, owner in owners(layers).items():
         send(layers[name].parameters(), owner)
 
 
-def _fit_layer(layer: nn.Module, pattern: LayerPattern, second: SecondMoments, ridge: float) -> None:
+def fit_layer(layer: nn.Module, pattern: LayerPattern, second: SecondMoments, ridge: float) -> None:
+    """Puts fitted values on the taps of a grown kernel that the pattern keeps, in place.
+
+    Args:
+        layer: a grown convolution.
+        pattern: of this layer.
+        second: what it saw, of `search.statistics.collect` with correlations.
+        ridge: see `SecondMoments.fit`.
+    """
     assert isinstance(layer, nn.Conv2d)
     assignment = pattern.assignment or [d for d, count in pattern.branches for _ in range(count)]
     size = layer.out_channels // pattern.units

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from search.arch import build_network
 from search.data import ScatteredDigits, build_loader
-from search.refit import _fit_layer, estimate_batch_norms
+from search.refit import estimate_batch_norms, fit_layer
 from search.statistics import ConvMoments, collect, images_of
 from search.strategies import GradientStrategy, PlainTask, RandomStrategy, SearchTask
 from search.supernet import convert_to_supernet, super_layers
@@ -55,7 +55,7 @@ def refit_cost(arch: str, kernel: int, images: int, image_size: int) -> Iterator
     def fit() -> None:
         for layer in pattern.layers:
             with torch.no_grad():
-                _fit_layer(layers[str(layer.name)], layer, seconds.pop(str(layer.name)), 1e-4)
+                fit_layer(layers[str(layer.name)], layer, seconds.pop(str(layer.name)), 1e-4)
 
     _, fitting = _timed(fit)
     _, norms = _timed(lambda: estimate_batch_norms(supernet, batches))

@@ -136,7 +136,7 @@ def _oneshot(args: argparse.Namespace) -> str:
 
 def _people(args: argparse.Namespace) -> str:
     try:
-        from search.compare_people import METHODS, SUPERNET, PeopleOptions, compare, table
+        from search.compare.people import METHODS, SUPERNET, PeopleOptions, compare, table
     except ModuleNotFoundError as error:
         from ic_conv.openmmlab.runner import INSTALL
 

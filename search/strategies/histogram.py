@@ -24,7 +24,7 @@ from ic_conv.convert import apply_pattern
 from ic_conv.pattern import PLAIN, DilationPattern, LayerPattern
 from search.assign import unit_errors
 from search.criteria import criterion
-from search.refit import RIDGE, _fit_layer
+from search.refit import RIDGE, fit_layer
 from search.space import DilationSpace
 from search.statistics import ConvMoments, LayerMoments, collect, images_of
 from search.strategies._training import batches_after, fit, held_out, loss_on
@@ -210,7 +210,7 @@ class Trials:
         for layer in pattern.layers:
             moment = self.moments[str(layer.name)]
             if isinstance(moment, ConvMoments) and moment.second is not None:
-                _fit_layer(layers[str(layer.name)], layer, moment.second, RIDGE)
+                fit_layer(layers[str(layer.name)], layer, moment.second, RIDGE)
         apply_pattern(network, pattern, filter_fn=lambda module, name: name in layers, inplace=True)
         return model
 

@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 
 from ic_conv.openmmlab.pose.drawn_people import write_people
 from ic_conv.pattern import DilationPattern
-from search.compare_people import METHODS, SUPERNET, PeopleOptions, run, table, task_config
+from search.compare.people import METHODS, SUPERNET, PeopleOptions, run, table, task_config
 from tests.openmmlab.commands import command
 
 SMALL = {

@@ -31,7 +31,7 @@ from search.options import SearchOptions
 from search.run import prepare as prepare_search
 from search.run import search_pattern
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs/human_pose/res18_drawn_256x256.py"
+CONFIG = Path(__file__).resolve().parents[2] / "configs/human_pose/res18_drawn_256x256.py"
 SUPERNET, PLAIN, FOUND = "supernet", "plain", "edo "
 STAGES = 2  # of the ResNet-18: its maps are an eighth of the image
 METHODS = (PLAIN, *(FOUND + name for name in CRITERIA))
