@@ -23,6 +23,7 @@ from ic_conv.openmmlab.runner import load_config
 from search.engine.checkpoint import load_weights
 from search.options import SearchOptions
 from search.run import Prepared
+from search.space import DilationSpace
 from search.strategies import PlainTask, SearchTask
 from search.supernet import super_layers
 
@@ -53,13 +54,8 @@ def prepare_task(options: SearchOptions) -> Prepared:
             f"{path}: model.backbone must be a supernet (type='SuperResNet'), got {type(backbone).__name__}"
         )
     load_weights(model, read_checkpoint(checkpoint), checkpoint)
-    seed = options.train.seed
-    if options.finder.needs_plain:
-        plain = PlainTask(model, backbone, batches.samples, _loss)
-        search = SearchTask.of_plain(plain, options.space, seed)
-    else:
-        search = SearchTask.of(backbone, seed=seed)
-    search = replace(search, batches=lambda: batches)
+    space = options.space if options.finder.needs_plain else None
+    search = search_task(backbone, batches, options.train.seed, space)
     options.finder.check(search)
     dataset = loader.dataset
     origin = f"data: {type(dataset).__name__}, {len(dataset)} images\ntask: {path}"
@@ -74,6 +70,16 @@ def backbone_config(path: str | os.PathLike[str], pattern: Path, weights: Path |
     if weights is not None:
         arguments["init_cfg"] = {"type": "Pretrained", "checkpoint": str(weights)}
     return f"dict({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+def search_task(
+    backbone: nn.Module, batches: TaskBatches, seed: int, space: DilationSpace | None = None
+) -> SearchTask:
+    """The task of finding the pattern of a supernet, or of a plain network within a search space."""
+    if space is None:
+        return SearchTask.of(backbone, batches, seed)
+    plain = PlainTask(batches.model, backbone, batches.samples, _loss)
+    return replace(SearchTask.of_plain(plain, space, seed), batches=lambda: batches)
 
 
 class TaskBatches(Iterable[Tensor]):

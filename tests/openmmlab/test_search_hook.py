@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search within a training: real Runners on a small network, also killed and resumed.
 
-Run as a script, this file is one of two processes: WORK_DIR.
+Run as a script, this file is one of two processes: WORK_DIR STRATEGY.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 import ic_conv.openmmlab  # noqa: F401 (registers the hook)
-from ic_conv import DilationPattern, ICConv2d, ic_resnet18
-from search import convert_to_supernet
-from search.refit import warm_start
+from ic_conv import DilationPattern, ICConv2d, apply_pattern, ic_resnet18
+from ic_conv.openmmlab._runner_parts import averages_of
+from search import DilationSpace, SearchTask, convert_to_supernet
+from search.refit import estimate_batch_norms, warm_start
+from search.strategies import GradientStrategy, PlainTask
 from search.supernet import SuperConv2d, super_layers
 
 ADAM = {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.1}
+GRADIENT = {"strategy": "gradient"}
 SGD = {"type": "SGD", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
 
 
@@ -99,6 +102,14 @@ def search(**options: Any) -> dict[str, Any]:
     return {"type": "DilationSearchHook", "calibration_batches": 2, "init": "crop", **options}
 
 
+def model_for(options: dict[str, Any]) -> Model:
+    """A supernet, or the plain network that the strategy gradient needs."""
+    if options.get("strategy") != "gradient":
+        return Model()
+    torch.manual_seed(1)
+    return Model(ic_resnet18(width=4, out_indices=(0, 1, 2, 3)))
+
+
 def weights(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=False)["state_dict"]
 
@@ -126,9 +137,55 @@ def test_the_training_ends_with_the_found_network(init: str, tmp_path: Path) -> 
         torch.testing.assert_close(fresh.eval()(images)[-1], found.eval()(images)[-1])
 
 
-@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
+def test_a_plain_network_moves_half_of_its_channels(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def look(runner: Any) -> None:
+        seen.append(copy.deepcopy([runner.model, averages_of(runner)[0].module]))
+
+    model = model_for(GRADIENT)
+    model.backbone.layer1.requires_grad_(False)
+    hooks = [search(**GRADIENT, at=1, kernel_size=5), {"type": "EMAHook", "momentum": 0.3}]
+    spies = [Call(priority, look) for priority in ("VERY_HIGH", "BELOW_NORMAL")]
+    train(tmp_path, [*hooks, *spies], model=model)
+    pattern = DilationPattern.load(tmp_path / "pattern.json")
+    assert pattern.kernel == 5 and pattern.meta["training"] == {"epochs": 1} and "init" not in pattern.meta
+    before, switched, _, last = seen
+
+    order = RandomSampler(range(8), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor(list(order))
+    images = (torch.stack([Images()[int(index)]["inputs"] for index in labels]) - 127.0) / 60.0
+    plain = PlainTask(
+        before[0],
+        before[0].backbone,
+        lambda: zip(images.split(4), labels.split(4), strict=True),
+        lambda model, batch: nn.functional.cross_entropy(
+            model.head(model.backbone(batch[0])[-1].mean((2, 3))), batch[1]
+        ),
+    )
+    wanted = GradientStrategy().search(SearchTask.of_plain(plain, DilationSpace(5)))
+    for found, layer in zip(pattern.layers, wanted.layers, strict=True):
+        moved = sum(dilation != (1, 1) for dilation in found.assignment or ())
+        if str(found.name).startswith("layer1."):  # frozen
+            assert moved == 0
+        else:
+            assert found == layer and moved == layer.units // 2
+    for one, two in zip(before, switched, strict=True):  # the trained network and the average
+        expected = apply_pattern(one.backbone, pattern)
+        estimate_batch_norms(expected, images.split(4))
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(two.backbone.state_dict()[name], value)
+    name = "layer2.0.conv1.weight"
+    assert not torch.equal(last[0].backbone.get_parameter(name), switched[0].backbone.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(ADAM, {}), (SGD, {}), (ADAM, GRADIENT)],
+    ids=["adam", "sgd", "adam-plain"],
+)
 def test_the_optimizers_state_goes_along_element_by_element(
-    optimizer: dict[str, Any], tmp_path: Path
+    optimizer: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Each element of the state is made a function of its weight: so it must still be after the switch."""
     groups: list[Any] = []
@@ -161,8 +218,8 @@ def test_the_optimizers_state_goes_along_element_by_element(
             groups.append(described(runner))
             groups.append(copy.deepcopy(runner.model.state_dict()))
 
-    hooks = [search(at=1), Call("VERY_HIGH", plant), Call("BELOW_NORMAL", check)]
-    runner = train(tmp_path, hooks, optimizer=optimizer)
+    hooks = [search(at=1, **options), Call("VERY_HIGH", plant), Call("BELOW_NORMAL", check)]
+    runner = train(tmp_path, hooks, optimizer=optimizer, model=model_for(options))
     before, after, then = groups
     assert before == after and {group["weight_decay"] for group in before} == {0.0, 0.1}
     now = runner.model.state_dict()
@@ -195,9 +252,17 @@ def test_kernels_shrink_to_the_kept_candidates(optimizer: dict[str, Any], tmp_pa
             assert taps[rows[:, None], columns].all()  # the one that was found is among them
 
 
-@pytest.mark.parametrize("broken", [1, 2, 3])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(broken: int, tmp_path: Path) -> None:
-    """Kernels shrink after the first epoch, the switch is after the third, the average goes along."""
+@pytest.mark.parametrize(
+    ("options", "broken"),
+    [
+        *(({"at": (1, 3)}, broken) for broken in (1, 2, 3)),
+        *(({"at": 3, **GRADIENT}, broken) for broken in (2, 3)),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    options: dict[str, Any], broken: int, tmp_path: Path
+) -> None:
+    """A supernet's kernels shrink after epoch 1, the switch is after epoch 3, the average goes along."""
 
     class Killed(Exception):
         pass
@@ -207,11 +272,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(broken: int, tmp_path: Path)
             raise Killed
 
     average = {"type": "EMAHook", "momentum": 0.3, "update_buffers": True}
-    hooks = [search(at=(1, 3)), average]
-    whole = train(tmp_path / "whole", hooks, 4)
+    hooks = [search(**options), average]
+    whole = train(tmp_path / "whole", hooks, 4, model=model_for(options))
     with pytest.raises(Killed):
-        train(tmp_path / "broken", [*hooks, Call("LOWEST", kill)], 4)
-    resumed = train(tmp_path / "broken", hooks, 4, resume=True)
+        train(tmp_path / "broken", [*hooks, Call("LOWEST", kill)], 4, model=model_for(options))
+    resumed = train(tmp_path / "broken", hooks, 4, resume=True, model=model_for(options))
     for one, two in (
         (whole.model.state_dict(), resumed.model.state_dict()),
         (weights(tmp_path / "whole/epoch_4.pth"), weights(tmp_path / "broken/epoch_4.pth")),  # the average
@@ -259,9 +324,10 @@ def test_the_search_leaves_the_trainings_random_numbers_alone(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_one_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["edo", "gradient"])
+def test_two_processes_go_on_with_one_network(strategy: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    done = subprocess.run([*line, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*line, str(tmp_path), strategy], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert any(name.endswith("branches") for name in one)
@@ -278,7 +344,12 @@ def test_two_processes_go_on_with_one_network(tmp_path: Path) -> None:
         ({"at": [2, 1]}, r"ascending; got \[2, 1\]"),
         ({"at": []}, r"ascending; got \[\]"),
         ({"criterion": "best"}, "unknown criterion 'best'; known ones: energy, expectation"),
-        ({"strategy": "gradient"}, "strategy must be one of edo, .*; got 'gradient'"),
+        ({"strategy": "best"}, "strategy must be one of edo, .*; got 'best'"),
+        (GRADIENT, "the strategy gradient searches once: at must name when, got None"),
+        (GRADIENT | {"at": [1, 2]}, r"searches once: at must name when, got \[1, 2\]"),
+        (GRADIENT | {"at": 1}, "must be a plain network .* for the strategy gradient, got ResNet"),
+        (GRADIENT | {"at": 1, "kernel_size": 3}, "must be larger than the base kernel, got kernel 3"),
+        ({"kernel_size": 13}, "a supernet has its own kernel_size, got 13 for the strategy edo"),
         ({"strategy": "hand", "at": [1, 2]}, "as the strategy edo does; got hand"),
         ({"init": "scratch"}, "init must be one of crop, refit; got 'scratch'"),
         ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
@@ -295,14 +366,21 @@ def test_a_network_without_grown_layers_is_refused(tmp_path: Path) -> None:
         train(tmp_path, [search()], model=plain)
 
 
-def main(folder: Path) -> None:
+def test_a_network_that_has_a_pattern_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, [search(at=1, **GRADIENT)], 1, model=(model := model_for(GRADIENT)))
+    with pytest.raises(ValueError, match=r"must be a plain network .*, got ResNet with a pattern"):
+        train(tmp_path, [search(at=1, **GRADIENT)], model=model)
+
+
+def main(folder: Path, strategy: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
     runner = train(
         folder,
-        [search(at=(1, 2)), {"type": "EMAHook"}],
+        [search(strategy=strategy, at=(1, 2) if strategy == "edo" else 2), {"type": "EMAHook"}],
         3,
+        model=model_for({"strategy": strategy}),
         launcher="pytorch",
         cfg={"model_wrapper_cfg": wrapper},
     )
@@ -310,4 +388,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -51,7 +51,12 @@ def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_a_detector_is_trained_searched_resumed_and_tested(detector: Path) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_detector_is_trained_searched_resumed_and_tested(plain: bool, detector: Path) -> None:
+    if plain:
+        text = DETECTOR.replace('"SuperResNet", depth=18, kernel_size=5', '"ICResNet", depth=18')
+        hook = 'strategy="gradient", at=1, kernel_size=5, calibration_batches=2'
+        (detector / "task.py").write_text(text.replace("calibration_batches=2", hook))
     train_tool, test_tool = command("train"), command("test")
     assert train_tool("task.py", "--work-dir", "run") == 0
     pattern = DilationPattern.load("run/pattern.json")
@@ -67,7 +72,7 @@ def test_a_detector_is_trained_searched_resumed_and_tested(detector: Path) -> No
         "pattern='run/pattern.json'))\n"
     )
     boxes = []
-    for config in ("task", "found"):  # the supernet's config takes up the checkpoint's layers
+    for config in ("task", "found"):  # the first config takes up the checkpoint's layers
         assert test_tool(f"{config}.py", "run/epoch_3.pth", "--work-dir", config, "--out", "boxes.pkl") == 0
         boxes.append([image["pred_instances"]["scores"] for image in mmengine.load("boxes.pkl")])
     assert all(len(one) and torch.equal(one, two) for one, two in zip(*boxes, strict=True))
