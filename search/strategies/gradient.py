@@ -74,6 +74,13 @@ class GradientStrategy(Strategy):
         if validation_steps < 0:
             raise ValueError(f"validation steps must be at least 0, got {validation_steps}")
 
+    def check(self, task: SearchTask) -> None:
+        """Torch's reentrant checkpoints, which OpenMMLab's own backbones use, allow no `autograd.grad`."""
+        modules = task.plain.network.named_modules() if task.plain else ()
+        name = next((name for name, module in modules if getattr(module, "with_cp", False)), None)
+        if name is not None:
+            raise ValueError(f"{name}: the strategy gradient needs with_cp=False, got True")
+
     def search(self, task: SearchTask) -> DilationPattern:
         if task.plain is None:
             raise ValueError("the strategy gradient needs a trained plain network, got none")

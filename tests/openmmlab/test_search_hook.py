@@ -159,9 +159,7 @@ def test_a_plain_network_moves_half_of_its_channels(tmp_path: Path) -> None:
         before[0],
         before[0].backbone,
         lambda: zip(images.split(4), labels.split(4), strict=True),
-        lambda model, batch: nn.functional.cross_entropy(
-            model.head(model.backbone(batch[0])[-1].mean((2, 3))), batch[1]
-        ),
+        lambda model, batch: model(*batch)["loss"],
     )
     wanted = GradientStrategy().search(SearchTask.of_plain(plain, DilationSpace(5)))
     for found, layer in zip(pattern.layers, wanted.layers, strict=True):
@@ -364,6 +362,13 @@ def test_a_network_without_grown_layers_is_refused(tmp_path: Path) -> None:
     plain = Model(ic_resnet18(width=4, out_indices=(0, 1, 2, 3)))
     with pytest.raises(ValueError, match=r"model\.backbone must be a supernet \(type='SuperResNet'\), got"):
         train(tmp_path, [search()], model=plain)
+
+
+def test_what_the_strategy_cannot_search_is_refused(tmp_path: Path) -> None:
+    model = model_for(GRADIENT)
+    model.backbone.layer1[0].with_cp = True  # as in MMDetection's blocks
+    with pytest.raises(ValueError, match=r"layer1\.0: the strategy gradient needs with_cp=False, got True"):
+        train(tmp_path, [search(at=1, **GRADIENT)], model=model)
 
 
 def test_a_network_that_has_a_pattern_is_refused(tmp_path: Path) -> None:
