@@ -241,7 +241,9 @@ def test_checkpoints_that_are_more_than_weights(
     for arguments in (("test", family.path, checkpoint), ("train", family.path, "--resume", checkpoint)):
         assert run(*arguments, *end) == 2
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last.startswith(f"error: {checkpoint}: not a file of weights that can be read safely"), last
+        assert last.startswith(
+            f"error: load_from: {checkpoint}: not a file of weights that can be read safely"
+        ), last
         assert not trace.exists()
     assert run("test", family.path, checkpoint, "--trust-checkpoint", *end) == 0
     assert trace.exists()
