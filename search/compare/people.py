@@ -7,24 +7,20 @@ Finished runs lie as JSON files in the work folder; an interrupted training goes
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ic_conv._files import write_text
 from ic_conv.openmmlab.pose.drawn_people import write_people
 from ic_conv.openmmlab.runner import load_config, prepare
 from ic_conv.pattern import DilationPattern
+from search.compare.records import in_processes, kept
 from search.criteria import CRITERIA
 from search.engine import TrainOptions
 from search.options import SearchOptions
@@ -110,19 +106,18 @@ def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
 
 def run(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
     """One finished run: COCO's figures in percent, and the pattern's share of plain channels."""
-    folder = run_folder(method, seed, options)
-    record = folder.with_suffix(".result.json")
     identity = {key: value for key, value in asdict(options).items() if key != "work_dir"}
-    if record.exists():
-        document = json.loads(record.read_text(encoding="utf-8"))
-        if document["options"] != identity:
-            raise ValueError(f"{record}: made with {document['options']}; choose another --work-dir")
-        return document["result"]
+    record = run_folder(method, seed, options).with_suffix(".result.json")
+    return kept(record, identity, lambda: {"result": _make(method, seed, options)})
+
+
+def _make(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
     plain_share = 1.0
     if method.startswith(FOUND):
         layers = _search(method, options).layers
         plain_share = sum(layer.plain_share for layer in layers) / len(layers)
     config = task_config(method, seed, options)
+    folder = run_folder(method, seed, options)
     folder.mkdir(parents=True, exist_ok=True)
     config.dump(folder.with_suffix(".py"))
     with redirect_stdout(StringIO()):  # COCO's tools print their tables
@@ -130,9 +125,7 @@ def run(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
         runner.train()
         scores = runner.val()
     result = {name: round(100 * float(scores[f"coco/{name}"]), 2) for name in METRICS}
-    result["plain_share"] = plain_share
-    write_text(record, json.dumps({"options": identity, "result": result}, indent=2) + "\n")
-    return result
+    return {**result, "plain_share": plain_share}
 
 
 def _search(method: str, options: PeopleOptions) -> DilationPattern:
@@ -165,20 +158,11 @@ def compare(
     write_people(
         options.work_dir / "people", {"train": options.train_images, "val": options.val_images}
     )  # the same pictures each time
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        found = [name for name in names if name.startswith(FOUND)]
-        before = [(SUPERNET, 0)] if found else []
-        before += [(name, seed) for name in names if name not in found for seed in range(seeds)]
-        for group in (before, [(name, seed) for name in found for seed in range(seeds)]):
-            futures = {pool.submit(run, *one, options): one for one in group}
-            try:
-                for future in as_completed(futures):
-                    yield (*futures[future], future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    found = [name for name in names if name.startswith(FOUND)]
+    before = [(SUPERNET, 0)] if found else []
+    before += [(name, seed) for name in names if name not in found for seed in range(seeds)]
+    groups = (before, [(name, seed) for name in found for seed in range(seeds)])
+    return in_processes(run, options, groups, jobs)
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

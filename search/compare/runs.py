@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ic_conv._files import write_text
 from ic_conv.convert import apply_pattern
 from ic_conv.pattern import DilationPattern
 from search.compare.catalogue import methods, pattern_of
 from search.compare.grow import train_growing
+from search.compare.records import in_processes, kept
 from search.compare.setting import SUPERNET, CompareOptions, calibration, slim_resnet, task_of, trained
 from search.data import ScatteredDigits
 from search.engine import evaluate, train
@@ -37,14 +35,7 @@ def run(name: str, seed: int, options: CompareOptions) -> dict[str, float]:
         ValueError: it was made with other options.
     """
     path = options.path(seed, f"{name}.result.json")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        document = {"options": options.identity, **_make(name, seed, options)}
-        write_text(path, json.dumps(document, indent=2) + "\n")
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document["options"] != options.identity:
-        raise ValueError(f"{path}: made with {document['options']}; choose another --work-dir")
-    return document["result"]
+    return kept(path, options.identity, lambda: _make(name, seed, options))
 
 
 def with_cost(name: str, seed: int, options: CompareOptions) -> dict[str, float]:
@@ -65,21 +56,11 @@ def compare(
     options: CompareOptions, names: Sequence[str], seeds: Sequence[int], jobs: int
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
     """Makes the runs of the named methods, and what they need, in `jobs` processes; yields each when done."""
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // jobs)
     every = with_needs(names)
     needed = list(dict.fromkeys(need for name in every for need in methods()[name].needs))
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        for group in (needed, [name for name in every if name not in needed]):
-            futures = {
-                pool.submit(run, name, seed, options): (name, seed) for seed in seeds for name in group
-            }
-            try:
-                for future in as_completed(futures):
-                    yield (*futures[future], future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    groups = (needed, [name for name in every if name not in needed])
+    runs = [[(name, seed) for seed in seeds for name in group] for group in groups]
+    return in_processes(run, options, runs, jobs)
 
 
 def with_needs(names: Sequence[str]) -> list[str]:
