@@ -3,14 +3,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from search import DilationSpace, SearchTask
+from search.assignment import BranchLimits
+from search.gains import Gains, measure_gains
 from search.strategies import GradientStrategy, PlainTask
-from search.strategies.gradient import Gains, measure_gains, moved
+from search.strategies.gradient import moved
 
 SPACE = DilationSpace(9)
 
@@ -67,6 +70,37 @@ def test_the_units_with_most_to_gain_move_to_their_best_dilation() -> None:
     c = SPACE.candidates
     assert pattern.layers[0].assignment == (c[5], (1, 1), c[7], (1, 1))
     assert pattern.layers[1].assignment == (c[5], (1, 1), c[7], c[2])
+
+
+@pytest.mark.parametrize(
+    ("limits", "share", "sizes"),
+    [
+        (BranchLimits(4), 0.5, [8, 8]),  # (8, 4, 4) is allowed, but one dilation gains most
+        (BranchLimits(4), 0.3, [12, 4]),
+        (BranchLimits(16), 0.4, [16]),
+        (BranchLimits(1, min_branch=6), 0.2, [10, 6]),
+        (BranchLimits(1, max_branches=2), 0.25, [12, 4]),
+    ],
+)
+def test_moved_units_fill_whole_branches_with_most_to_gain(
+    limits: BranchLimits, share: float, sizes: list[int]
+) -> None:
+    gain = np.random.default_rng(0).uniform(0, 0.1, (16, 16))
+    gain[:, 5] += 0.5
+    gain[3, 6] = 0.9  # alone
+    layer = moved(
+        SPACE, {"x": Gains(gain, (9, 9))}, [(9, 9)], [share], {"x": limits.of_layer(16, 16)}
+    ).layers[0]
+    assert sorted((count for _, count in layer.branches), reverse=True) == sizes
+    assert len(sizes) == 1 or set(layer.assignment or ()) == {(1, 1), SPACE.candidates[5]}
+
+
+def test_limits_that_leave_no_branch_to_move_to_are_refused() -> None:
+    task = SearchTask.of_plain(plain_task(Net(), [torch.randn(2, 3, 13, 10)]), SPACE)
+    with pytest.raises(ValueError, match="at least 2 branches"):
+        GradientStrategy(limits=BranchLimits(max_branches=1)).check(task)
+    with pytest.raises(ValueError, match="a: the channel multiple must be at most its 8 channels, got 16"):
+        GradientStrategy(limits=BranchLimits(16)).search(task)
 
 
 def test_a_task_that_looks_far_moves_channels_far() -> None:
