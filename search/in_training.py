@@ -10,11 +10,13 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ic_conv.pattern import PLAIN, DilationPattern, LayerPattern
 from search.space import DilationSpace
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,23 @@ def mask_weight(weight: nn.Parameter, mask: Tensor, optimizers: list[Optimizer])
         for value in optimizer.state.get(weight, {}).values():
             if _follows(value, weight):
                 value.mul_(mask)
+    if weight.grad is not None:
+        weight.grad.mul_(mask)  # of earlier batches, while gradients accumulate
     if weight.requires_grad:
         weight.register_hook(lambda gradient: gradient * mask)
+
+
+def plain_where_frozen(pattern: DilationPattern, network: nn.Module) -> DilationPattern:
+    """The pattern without dilations in frozen layers, whose weights cannot learn to use them."""
+    return replace(
+        pattern,
+        layers=tuple(
+            layer
+            if next(network.get_submodule(str(layer.name)).parameters()).requires_grad
+            else LayerPattern.from_assignment([PLAIN] * layer.units, layer.name)
+            for layer in pattern.layers
+        ),
+    )
 
 
 def element_places(network: nn.Module, change: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import broadcast_object_list
-from mmengine.hooks import EMAHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop
@@ -47,11 +47,19 @@ def optimizers_of(runner: Any) -> list[torch.optim.Optimizer]:
     return [wrapper.optimizer] if isinstance(wrapper, OptimWrapper) else []  # none yet in a test
 
 
-def length_of(runner: Any) -> tuple[str, int]:
-    """What the training counts, and how many."""
+def progress_of(runner: Any) -> tuple[str, int, int]:
+    """What the training counts, how many are done, and how many there are."""
     if isinstance(runner.train_loop, IterBasedTrainLoop):
-        return "iterations", runner.max_iters
-    return "epochs", runner.max_epochs
+        return "iterations", runner.iter, runner.max_iters
+    return "epochs", runner.epoch, runner.max_epochs
+
+
+def save_again(runner: Any) -> None:
+    """Writes the checkpoint of what is done anew, after the training's last step."""
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            step = runner.epoch if hook.by_epoch else runner.iter
+            hook._save_checkpoint_with_step(runner, step, {"epoch": runner.epoch, "iter": runner.iter})
 
 
 def agreed(found: Any) -> Any:
