@@ -10,16 +10,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import torch.multiprocessing
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import MaxTrialsCallback, Study
+from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+
+from search._repeatable import RepeatableSampler
 
 NO_STORAGE = "none"
 SAMPLERS = ("nsga2", "tpe")
@@ -41,8 +45,8 @@ class StudyOptions:
         name: of the study within the storage.
         sampler: ``nsga2`` or ``tpe``.
         pruner: ``none``, ``median`` or ``halving``: which trials that report values stop early.
-        trials: finished trials at which the study ends, whichever process ran them. Processes that end
-            together may make a few more.
+        trials: finished trials at which the study ends, whichever process ran them; a killed process's trial
+            is not one. Processes that end together may make a few more.
         jobs: processes of this machine.
 
     Raises:
@@ -52,6 +56,7 @@ class StudyOptions:
     storage: str = NO_STORAGE
     name: str = "pareto"
     sampler: str = "nsga2"
+    _: KW_ONLY
     pruner: str = "none"
     trials: int = 100
     jobs: int = 1
@@ -114,7 +119,7 @@ def open_study(
     Args:
         directions: ``minimize`` or ``maximize`` for each objective.
         identity: what must be equal in all processes; plain JSON values.
-        seed: of the draws, if the study is made here; who joins draws differently each time.
+        seed: of the draws; None: they differ each time.
 
     Raises:
         ValueError: the storage cannot be reached, or holds a study of this name with another identity.
@@ -125,17 +130,18 @@ def open_study(
         study = optuna.create_study(storage=storage, study_name=options.name, directions=list(directions))
         study.set_user_attr(_OPTIONS, identity)
     except optuna.exceptions.DuplicatedStudyError:
-        study, seed = optuna.load_study(storage=storage, study_name=options.name), None
+        study = optuna.load_study(storage=storage, study_name=options.name)
         _check_identity(study, identity, options)
     if len(study.directions) != len(directions):
         raise ValueError(
             f"the study {options.name} has {len(study.directions)} objectives, now there are "
             f"{len(directions)}; choose another study name or storage"
         )
-    if options.sampler == "tpe":
-        study.sampler = optuna.samplers.TPESampler(seed=seed)
-    else:
-        study.sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
+    samplers: dict[str, Callable[..., BaseSampler]] = {
+        "nsga2": partial(optuna.samplers.NSGAIISampler, population_size=POPULATION),
+        "tpe": optuna.samplers.TPESampler,
+    }
+    study.sampler = RepeatableSampler(samplers[options.sampler], seed, _killed)
     pruners: dict[str, Any] = {
         "median": optuna.pruners.MedianPruner,
         "halving": optuna.pruners.SuccessiveHalvingPruner,
@@ -220,8 +226,8 @@ def work_on(
 
 
 def finished(study: Study) -> int:
-    """Number of trials that are complete, pruned or failed."""
-    return len(study.get_trials(deepcopy=False, states=FINISHED))
+    """Number of trials that are complete, pruned or failed, those of killed processes left out."""
+    return sum(not _killed(trial) for trial in study.get_trials(deepcopy=False, states=FINISHED))
 
 
 def failures(study: Study) -> list[str]:
@@ -259,12 +265,13 @@ def _run(study: Study, objective: Objective, trials: int, report: Callable[[int]
             raise
 
     def count(study: Study, trial: FrozenTrial) -> None:
-        report(finished(study))
+        done = finished(study)
+        report(done)
+        if done >= trials:
+            study.stop()
 
     if finished(study) < trials:
-        study.optimize(
-            step, callbacks=[count, MaxTrialsCallback(trials, states=FINISHED)], catch=(Exception,)
-        )
+        study.optimize(step, callbacks=[count], catch=(Exception,))
 
 
 def _worker(
@@ -290,6 +297,11 @@ def _running(workers: Sequence[Any]) -> Iterator[None]:
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+def _killed(trial: FrozenTrial) -> bool:
+    """Whether it ended with its process, not by an error of its own."""
+    return trial.state == TrialState.FAIL and _ERROR not in trial.user_attrs
 
 
 def _alive(pid: int) -> bool:
