@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ic_conv._modes import evaluating
+from search.progress import bar
 from search.strategies.base import PlainTask, SearchTask
 from search.supernet import SuperConv2d, convert_to_supernet, super_layers
 
@@ -77,28 +80,56 @@ def batches_after(plain: PlainTask, held: int) -> Iterator[Any]:
             raise ValueError(f"a training needs batches beyond the {held} that are held out, got none")
 
 
+def network_inputs(plain: PlainTask, batches: Iterable[Any]) -> list[Tensor]:
+    """What the model gives its network of the batches, after its own preparation."""
+    seen: list[Tensor] = []
+    handle = plain.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
+    try:
+        with evaluating(plain.model):
+            for batch in batches:
+                plain.loss(plain.model, batch)
+    finally:
+        handle.remove()
+    return seen
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of their values, by which searches tell whether they are the same."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def fit(
     model: nn.Module,
     plain: PlainTask,
     batches: Iterator[Any],
     steps: int,
     *,
+    seed: int,
     groups: Sequence[dict[str, Any]] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
+    progress: bool = False,
 ) -> None:
     """Trains a model of the task by AdamW.
 
     Args:
+        seed: of what the model draws, such as dropout.
         groups: of the optimizer; by default all parameters.
         before_step: called with the number of each step, from 0.
+        progress: show how far it is.
     """
     optimizer = torch.optim.AdamW(groups or model.parameters(), lr=LEARNING_RATE)
     model.train()
-    for step, batch in enumerate(islice(batches, steps)):
-        before_step(step)
-        optimizer.zero_grad()
-        plain.loss(model, batch).backward()
-        optimizer.step()
+    with torch.random.fork_rng(), bar("search step", steps, progress) as report:
+        torch.manual_seed(seed)
+        for step, batch in enumerate(islice(batches, steps)):
+            before_step(step)
+            optimizer.zero_grad()
+            plain.loss(model, batch).backward()
+            optimizer.step()
+            report(step + 1)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ class DartsStrategy(Strategy):
     Args:
         steps: of the training.
         lr: learning rate of the softmax's logits, that of the weights being 0.001.
+        progress: show how far the training is.
 
     Raises:
         ValueError: a value is not positive.
@@ -48,10 +49,10 @@ class DartsStrategy(Strategy):
     name = "darts"
     needs_plain = True
 
-    def __init__(self, steps: int = 200, lr: float = 0.02) -> None:
+    def __init__(self, steps: int = 200, lr: float = 0.02, progress: bool = False) -> None:
         if steps < 1 or lr <= 0:
             raise ValueError(f"steps and learning rate must be positive, got {steps} and {lr}")
-        self.steps, self.lr = steps, lr
+        self.steps, self.lr, self.progress = steps, lr, progress
 
     def search(self, task: SearchTask) -> DilationPattern:
         if task.plain is None:
@@ -66,7 +67,8 @@ class DartsStrategy(Strategy):
             {"params": [p for p in model.parameters() if id(p) not in chosen], "lr": LEARNING_RATE},
             {"params": logits, "lr": self.lr, "weight_decay": 0.0},
         ]
-        fit(model, task.plain, batches_after(task.plain, 0), self.steps, groups=groups)
+        batches = batches_after(task.plain, 0)
+        fit(model, task.plain, batches, self.steps, seed=task.seed, groups=groups, progress=self.progress)
         candidates = task.space.candidates
         found = (
             LayerPattern.from_assignment([candidates[i] for i in soft.logits.argmax(1).tolist()], name)

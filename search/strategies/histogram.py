@@ -24,10 +24,11 @@ from ic_conv.convert import apply_pattern
 from ic_conv.pattern import PLAIN, DilationPattern, LayerPattern
 from search.assign import unit_errors
 from search.criteria import criterion
+from search.progress import bar
 from search.refit import RIDGE, fit_layer
 from search.space import DilationSpace
-from search.statistics import ConvMoments, LayerMoments, collect, images_of
-from search.strategies._training import batches_after, fit, held_out, loss_on
+from search.statistics import ConvMoments, LayerMoments, collect
+from search.strategies._training import batches_after, digest, fit, held_out, loss_on, network_inputs
 from search.strategies.base import PlainTask, SearchTask, Strategy
 from search.strategies.pareto import FrontMember, knee
 from search.supernet import convert_to_supernet, super_layers
@@ -55,13 +56,21 @@ class HistogramStrategy(Strategy):
             the median prunes.
         latency: makes milliseconds a second objective; its trials are not pruned, and the front's knee is
             returned.
+        progress: show how many trials are finished.
+
+    Raises:
+        ValueError: too few steps, several jobs, or a pruner besides the latency.
     """
 
     name = "histogram"
     needs_plain = True
 
     def __init__(
-        self, steps: int = 40, study: StudyOptions | None = None, latency: LatencyTable | None = None
+        self,
+        steps: int = 40,
+        study: StudyOptions | None = None,
+        latency: LatencyTable | None = None,
+        progress: bool = False,
     ) -> None:
         from search.study import StudyOptions
 
@@ -69,11 +78,7 @@ class HistogramStrategy(Strategy):
             raise ValueError(f"a trial needs at least {REPORTS} steps, got {steps}")
         pruner = "median" if latency is None else "none"
         self.study = study or StudyOptions(name=self.name, sampler="tpe", pruner=pruner, trials=40)
-        self.steps, self.latency = steps, latency
-
-    def check(self, task: SearchTask) -> None:
-        from search.study import check_study
-
+        self.steps, self.latency, self.progress = steps, latency, progress
         if self.study.jobs > 1:
             raise ValueError(
                 f"trials that train take one job, got {self.study.jobs}; "
@@ -83,6 +88,13 @@ class HistogramStrategy(Strategy):
             raise ValueError(
                 f"Optuna prunes single objectives, two need pruner none; got {self.study.pruner}"
             )
+
+    def check(self, task: SearchTask) -> None:
+        from search.study import check_study
+
+        if self.latency is not None:
+            plain = (LayerPattern.plain(units, name) for name, units in task.units.items())
+            self.latency.predict(DilationPattern(tuple(plain), task.space.kernel))
         check_study(self.study, self._identity(task))
 
     def search(self, task: SearchTask) -> DilationPattern:
@@ -95,9 +107,10 @@ class HistogramStrategy(Strategy):
         self.check(task)
         latency = None if self.latency is None else self.latency.predict
         trials = Trials.of(task, task.plain, self.steps, latency)
-        identity = self._identity(task)
+        identity = {**self._identity(task), **trials.identity}
         study = studies.open_study(self.study, trials.directions, identity, task.seed)
-        studies.work_on(study, trials, self.study, identity)
+        with bar("trial", self.study.trials, self.progress) as report:
+            studies.work_on(study, trials, self.study, identity, report)
         if not study.best_trials:
             raise ValueError(f"no trial succeeded: {studies.failures(study)[0]}")
         members = []
@@ -133,6 +146,7 @@ class Trials:
         plain: the trained network in its task; it is a supernet in `grown`.
         moments: of the supernet's layers.
         errors: of the fitted candidates, (units, candidates) by layer.
+        identity: of weights and held-out images.
     """
 
     task: SearchTask
@@ -143,6 +157,7 @@ class Trials:
     validation: Sequence[Any]
     steps: int
     latency: Callable[[DilationPattern], float] | None
+    identity: Mapping[str, str]
 
     @classmethod
     def of(
@@ -165,12 +180,14 @@ class Trials:
                 init="inflate",
                 inplace=True,
             )
-        moments = collect(network, map(images_of, validation), space, correlations=True)
+        images = network_inputs(plain, validation)
+        moments = collect(network, images, space, correlations=True)
         errors = {
             name: unit_errors(criterion("refit")(moments[name], space), units)
             for name, units in task.units.items()
         }
-        return cls(task, plain, (model, network), moments, errors, validation, steps, latency)
+        identity = {"weights": digest(plain.model.state_dict().values()), "validation": digest(images)}
+        return cls(task, plain, (model, network), moments, errors, validation, steps, latency, identity)
 
     @property
     def directions(self) -> tuple[Literal["minimize"], ...]:
@@ -189,7 +206,7 @@ class Trials:
                     raise TrialPruned
 
         batches = batches_after(self.plain, len(self.validation))
-        fit(model, self.plain, batches, self.steps, before_step=report)
+        fit(model, self.plain, batches, self.steps, seed=self.task.seed, before_step=report)
         loss = loss_on(model, self.plain, self.validation)
         return (loss,) if self.latency is None else (loss, self.latency(pattern))
 

@@ -21,6 +21,7 @@ class RFNextStrategy(Strategy):
         steps: of the training.
         updates: of the dilations, evenly spread over the steps.
         expansion: a layer of dilation d tries d * (1 - expansion) and d * (1 + expansion), rounded.
+        progress: show how far the training is.
 
     Raises:
         ValueError: there are fewer steps than updates, or the expansion does not lie between 0 and 1.
@@ -29,12 +30,14 @@ class RFNextStrategy(Strategy):
     name = "rfnext"
     needs_plain = True
 
-    def __init__(self, steps: int = 200, updates: int = 10, expansion: float = 0.5) -> None:
+    def __init__(
+        self, steps: int = 200, updates: int = 10, expansion: float = 0.5, progress: bool = False
+    ) -> None:
         if not 1 <= updates <= steps:
             raise ValueError(f"updates must lie between 1 and the steps, got {updates} and {steps}")
         if not 0 < expansion <= 1:
             raise ValueError(f"the expansion must lie between 0 and 1, got {expansion}")
-        self.steps, self.updates, self.expansion = steps, updates, expansion
+        self.steps, self.updates, self.expansion, self.progress = steps, updates, expansion, progress
 
     def check(self, task: SearchTask) -> None:
         try:
@@ -73,8 +76,8 @@ class RFNextStrategy(Strategy):
             if step and step % interval == 0:
                 hook.estimate_and_expand(network)
 
-        batches = batches_after(task.plain, 0)
-        fit(model, task.plain, batches, self.updates * interval, before_step=update)
+        batches, steps = batches_after(task.plain, 0), self.updates * interval
+        fit(model, task.plain, batches, steps, seed=task.seed, before_step=update, progress=self.progress)
         hook.estimate_and_expand(network)
         return DilationPattern(
             tuple(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from ic_conv.pattern import DilationPattern, LayerPattern
+from search.progress import bar
 from search.space import DilationSpace
 from search.strategies._training import batches_after, fit, grown_copy, held_out, loss_on
 from search.strategies.base import SearchTask, Strategy
@@ -43,6 +44,7 @@ class SinglePathStrategy(Strategy):
         steps: of the supernet's training, which starts from the plain network's weights.
         trials: paths whose validation loss Optuna (TPE) looks at.
         parts: of each layer.
+        progress: show how far training and trials are.
 
     Raises:
         ValueError: a value is not positive.
@@ -51,10 +53,10 @@ class SinglePathStrategy(Strategy):
     name = "single-path"
     needs_plain = True
 
-    def __init__(self, steps: int = 200, trials: int = 50, parts: int = 4) -> None:
+    def __init__(self, steps: int = 200, trials: int = 50, parts: int = 4, progress: bool = False) -> None:
         if min(steps, trials, parts) < 1:
             raise ValueError(f"steps, trials and parts must be positive, got {steps}, {trials} and {parts}")
-        self.steps, self.trials, self.parts = steps, trials, parts
+        self.steps, self.trials, self.parts, self.progress = steps, trials, parts, progress
 
     def search(self, task: SearchTask) -> DilationPattern:
         from search.study import StudyOptions, finished, open_study, work_on
@@ -76,7 +78,8 @@ class SinglePathStrategy(Strategy):
         def draw(step: int) -> None:
             take({name: rng.integers(len(candidates), size=self.parts) for name in paths})
 
-        fit(model, plain, batches_after(plain, len(validation)), self.steps, before_step=draw)
+        batches = batches_after(plain, len(validation))
+        fit(model, plain, batches, self.steps, seed=task.seed, before_step=draw, progress=self.progress)
 
         def loss_of(trial: Any) -> tuple[float]:
             take({name: self._choices(trial, name, len(candidates)) for name in paths})
@@ -84,7 +87,8 @@ class SinglePathStrategy(Strategy):
 
         options = StudyOptions(name=self.name, sampler="tpe", trials=self.trials)
         study = open_study(options, ("minimize",), {}, task.seed)
-        work_on(study, loss_of, options, {})
+        with bar("trial", self.trials, self.progress) as report:
+            work_on(study, loss_of, options, {}, report)
         take({name: [study.best_params[f"{name}.{part}"] for part in range(self.parts)] for name in paths})
         found = (
             LayerPattern.from_assignment([candidates[i] for i in path.choice.tolist()], name)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from search.strategies import (
     SearchTask,
     SinglePathStrategy,
 )
-from search.strategies._training import batches_after, grown_copy, held_out
+from search.strategies._training import batches_after, fit, grown_copy, held_out, network_inputs
 from search.strategies.darts import SoftTaps
 from search.strategies.histogram import dealt
 from search.strategies.single_path import OnePath
@@ -116,6 +118,72 @@ def test_held_out_batches_are_not_trained_on() -> None:
         next(batches_after(plain, 8))
 
 
+def test_what_the_network_is_given_of_a_batch() -> None:
+    """OpenMMLab's batches hold lists, and the model prepares them."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout()).train()
+    batches = [{"inputs": [torch.full((3, 6, 6), float(index))] * 2} for index in range(3)]
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(torch.stack(batch["inputs"]) / 2).square().mean()
+
+    plain = PlainTask(network, network, lambda: batches, loss)
+    seen = network_inputs(plain, batches[1:])
+    assert [images.shape for images in seen] == [(2, 3, 6, 6)] * 2 and [x.mean() for x in seen] == [0.5, 1.0]
+    assert network.training and not network[1].running_mean.any() and not network._forward_pre_hooks
+    found = HistogramStrategy(steps=4, study=replace(STUDY, trials=1)).search(
+        SearchTask.of_plain(replace(plain, samples=lambda: batches * 2), SPACE)
+    )
+    assert found.layers[0].units == 4
+
+
+def test_a_training_draws_by_its_seed_and_leaves_the_world_s_draws_alone() -> None:
+    def trained(seed: int, drawn: int) -> torch.Tensor:
+        torch.manual_seed(1)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout())
+        plain = PlainTask(network, network, list, lambda net, x: net(x).square().mean())
+        torch.rand(drawn)
+        state = torch.get_rng_state()
+        fit(network, plain, iter([torch.ones(1, 3, 5, 5)] * 3), 3, seed=seed)
+        assert torch.get_rng_state().equal(state)
+        return network[0].get_parameter("weight").detach()
+
+    assert trained(3, 0).equal(trained(3, 5)) and not trained(3, 0).equal(trained(4, 0))
+
+
+def test_a_study_is_of_its_weights_and_images(tmp_path: Path) -> None:
+    strategy = HistogramStrategy(4, replace(STUDY, storage=str(tmp_path / "study.journal"), trials=1))
+    task = planted(1)
+    assert task.plain is not None
+    strategy.search(task)
+    other = [batch + 1 for batch in task.plain.samples()]
+    with pytest.raises(ValueError, match="made with other options: validation "):
+        strategy.search(replace(task, plain=replace(task.plain, samples=lambda: other)))
+    with torch.no_grad():
+        task.plain.network.get_parameter("0.weight").mul_(2)
+    with pytest.raises(ValueError, match="made with other options: weights "):
+        strategy.search(task)
+    with pytest.raises(ValueError, match="made with other options: steps 4, now 8"):
+        HistogramStrategy(8, strategy.study).check(task)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("darts", {"steps": 2}, "search step 1/2 ETA"),
+        ("rfnext", {"steps": 5, "updates": 2}, "search step 4/4 ETA"),
+        ("single-path", {"steps": 2, "trials": 3}, "trial 3/3 ETA"),
+        ("histogram", {"steps": 4, "study": replace(STUDY, trials=2)}, "trial 2/2 ETA"),
+    ],
+)
+def test_progress_is_shown_on_demand(
+    name: str, options: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    STRATEGIES[name](**options).search(planted(1))
+    assert capsys.readouterr() == ("", "")
+    STRATEGIES[name](**options, progress=True).search(planted(1))
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -127,7 +195,7 @@ def test_held_out_batches_are_not_trained_on() -> None:
         (lambda: StudyOptions(pruner="shears"), "none, median, halving; got 'shears'"),
         (lambda: DartsStrategy().search(SearchTask(SPACE, {"0": 8})), "needs a trained plain network"),
         (
-            lambda: HistogramStrategy(study=StudyOptions("s.log", jobs=2)).check(planted(1)),
+            lambda: HistogramStrategy(study=StudyOptions("s.log", jobs=2)),
             "take one job, got 2",
         ),
     ],
