@@ -110,10 +110,11 @@ class DilationSearchHook(Hook):
             self.search.check(runner)
 
     def before_train(self, runner: Any) -> None:
-        unit, done, _ = progress_of(runner)
-        if self.at is not None and self.at[-1] <= done and self.search.open_layers(runner):
+        unit, done, last = progress_of(runner)
+        due = (self.at or (last,))[-1]
+        if due <= done and self.search.open_layers(runner):
             runner.logger.warning(
-                f"DilationSearchHook: the last search was due after {self.at[-1]} {unit}, {done} are done; "
+                f"DilationSearchHook: the last search was due after {due} {unit}, {done} are done; "
                 "the network stays as it is"
             )
 
@@ -128,7 +129,7 @@ class DilationSearchHook(Hook):
     def after_train(self, runner: Any) -> None:
         """The last search of a training that was stopped before it; what it finds is saved and validated."""
         unit, done, last = progress_of(runner)
-        due = self.at[-1] if self.at else last
+        due = (self.at or (last,))[-1]
         if done >= due or not self.search.open_layers(runner):
             return
         stopped = f"the training stopped after {done} {unit}, the last search was due after {due}"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search within a training: real Runners on a small network, also killed and resumed.
-
-Run as a script, this file is one of two processes: WORK_DIR STRATEGY.
-"""
+"""The search within a training: real Runners on a small network, also killed and resumed."""
 
 from __future__ import annotations
 
@@ -10,108 +7,33 @@ import copy
 import json
 import subprocess
 import sys
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel, ImgDataPreprocessor
-from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import RandomSampler
 
-import ic_conv.openmmlab  # noqa: F401 (registers the hook)
 from ic_conv import DilationPattern, ICConv2d, apply_pattern, ic_resnet18
 from ic_conv.openmmlab._runner_parts import averages_of
-from search import DilationSpace, SearchTask, convert_to_supernet
+from search import DilationSpace, SearchTask
 from search.refit import estimate_batch_norms, warm_start
 from search.strategies import GradientStrategy, PlainTask
 from search.supernet import SuperConv2d, super_layers
-
-ADAM = {"type": "AdamW", "lr": 1e-2, "weight_decay": 0.1}
-GRADIENT = {"strategy": "gradient"}
-SGD = {"type": "SGD", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
-
-
-class Images(torch.utils.data.Dataset[Any]):
-    metainfo: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, count: int = 8) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 255, (count, 3, 32, 32), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"inputs": self.images[index], "data_samples": index}
-
-
-class Model(BaseModel):
-    def __init__(self, network: nn.Module | None = None) -> None:
-        super().__init__(ImgDataPreprocessor(mean=[127.0], std=[60.0]))
-        torch.manual_seed(0)
-        plain = ic_resnet18(width=4, out_indices=(0, 1, 2, 3))
-        self.backbone: Any = convert_to_supernet(plain, 9) if network is None else network
-        self.head = nn.Linear(32, 8)
-
-    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "loss") -> Any:
-        scores = self.head(self.backbone(inputs)[-1].mean((2, 3)))
-        return {"loss": nn.functional.cross_entropy(scores, torch.as_tensor(data_samples))}
-
-
-class Call(Hook):
-    """Calls a function after epochs, before or after the search."""
-
-    def __init__(self, priority: str, work: Callable[[Any], None]) -> None:
-        self.priority, self.work = priority, work
-
-    def after_train_epoch(self, runner: Any) -> None:
-        self.work(runner)
-
-
-def train(
-    folder: Path, hooks: list[Any], epochs: int = 2, resume: bool = False, model: Model | None = None,
-    optimizer: dict[str, Any] = ADAM, train_cfg: dict[str, Any] | None = None, **options: Any,
-) -> Runner:  # fmt: skip
-    sampler = {"type": "DefaultSampler" if train_cfg is None else "InfiniteSampler", "shuffle": True}
-    runner = Runner(
-        model or Model(),
-        str(folder),
-        train_dataloader={"batch_size": 4, "num_workers": 0, "dataset": Images(), "sampler": sampler},
-        train_cfg=train_cfg or {"by_epoch": True, "max_epochs": epochs},
-        optim_wrapper={"optimizer": optimizer, "paramwise_cfg": {"norm_decay_mult": 0.0}},
-        param_scheduler={"type": "MultiStepLR", "milestones": [1], "gamma": 0.5},
-        default_hooks={
-            "checkpoint": {"type": "CheckpointHook", "interval": 1, "by_epoch": train_cfg is None}
-        },
-        custom_hooks=hooks,
-        randomness={"seed": 0},
-        resume=resume,
-        experiment_name=uuid.uuid4().hex,
-        **{"log_level": "ERROR", **options},
-    )
-    runner.train()
-    return runner
-
-
-def search(**options: Any) -> dict[str, Any]:
-    return {"type": "DilationSearchHook", "calibration_batches": 2, "init": "crop", **options}
-
-
-def model_for(options: dict[str, Any]) -> Model:
-    """A supernet, or the plain network that the strategy gradient needs."""
-    if options.get("strategy") != "gradient":
-        return Model()
-    torch.manual_seed(1)
-    return Model(ic_resnet18(width=4, out_indices=(0, 1, 2, 3)))
-
-
-def weights(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, weights_only=False)["state_dict"]
+from tests.openmmlab import small_training
+from tests.openmmlab.small_training import (
+    ADAM,
+    GRADIENT,
+    SGD,
+    Call,
+    Images,
+    Model,
+    model_for,
+    search,
+    train,
+    weights,
+)
 
 
 @pytest.mark.parametrize("init", ["crop", "refit"])
@@ -294,11 +216,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
 
 
-def test_a_search_that_was_missed_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "epochs", "due"), [(1, 3, 1), (None, 2, 2)])
+def test_a_search_that_was_missed_is_told(at: int | None, epochs: int, due: int, tmp_path: Path) -> None:
     train(tmp_path, [], 2)
-    runner = train(tmp_path, [search(at=1)], 3, resume=True, log_level="WARNING")
+    runner = train(tmp_path, [search(at=at)], epochs, resume=True, log_level="WARNING")
     assert (
-        "the last search was due after 1 epochs, 2 are done"
+        f"the last search was due after {due} epochs, 2 are done"
         in Path(runner._log_dir).joinpath(f"{runner.timestamp}.log").read_text()
     )
     assert super_layers(runner.model.backbone) and not (tmp_path / "pattern.json").exists()
@@ -324,8 +247,9 @@ def test_the_search_leaves_the_trainings_random_numbers_alone(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["edo", "gradient"])
 def test_two_processes_go_on_with_one_network(strategy: str, tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    done = subprocess.run([*line, str(tmp_path), strategy], capture_output=True, text=True, check=False)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line += [small_training.__file__, str(tmp_path), strategy]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert any(name.endswith("branches") for name in one)
@@ -375,22 +299,3 @@ def test_a_network_that_has_a_pattern_is_refused(tmp_path: Path) -> None:
     train(tmp_path, [search(at=1, **GRADIENT)], 1, model=(model := model_for(GRADIENT)))
     with pytest.raises(ValueError, match=r"must be a plain network .*, got ResNet with a pattern"):
         train(tmp_path, [search(at=1, **GRADIENT)], model=model)
-
-
-def main(folder: Path, strategy: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
-    runner = train(
-        folder,
-        [search(strategy=strategy, at=(1, 2) if strategy == "edo" else 2), {"type": "EMAHook"}],
-        3,
-        model=model_for({"strategy": strategy}),
-        launcher="pytorch",
-        cfg={"model_wrapper_cfg": wrapper},
-    )
-    torch.save(runner.model.module.state_dict(), folder / f"rank{runner.rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
