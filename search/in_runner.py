@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import is_main_process
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -33,10 +32,10 @@ from ic_conv.openmmlab._runner_parts import (
 from ic_conv.pattern import DilationPattern
 from search.criteria import criterion as known_criterion
 from search.in_training import kept_counts, mask_weight, plain_where_frozen, tap_mask
-from search.on_task import TaskBatches
+from search.on_task import TaskBatches, search_task
 from search.refit import Init, crop, estimate_batch_norms, warm_start
 from search.space import DilationSpace
-from search.strategies import STRATEGIES, EDOStrategy, PlainTask, SearchTask, Strategy
+from search.strategies import STRATEGIES, EDOStrategy, SearchTask, Strategy
 from search.supernet import space_of, super_layers
 
 VALIDATED = ("single-path", "histogram")  # strategies that hold a quarter of the batches out
@@ -196,12 +195,8 @@ class BackboneSearch:
             ) from error
 
     def _task(self, runner: Any) -> tuple[SearchTask, TaskBatches]:
-        backbone = backbone_of(runner.model)
         batches = training_batches(runner, self.calibration_batches, self.seed)
-        if self.space is None:
-            return SearchTask.of(backbone, batches, self.seed), batches
-        plain = PlainTask(batches.model, backbone, partial(_prepared, batches), _loss)
-        return replace(SearchTask.of_plain(plain, self.space, self.seed), batches=lambda: batches), batches
+        return search_task(backbone_of(runner.model), batches, self.seed, self.space), batches
 
     def _provenance(self, runner: Any, when: Mapping[str, int]) -> dict[str, Any]:
         name = runner.cfg.filename
@@ -217,17 +212,6 @@ class BackboneSearch:
             "calibration_batches": self.calibration_batches,
             "training": dict(when),
         }
-
-
-def _prepared(batches: TaskBatches) -> Iterator[Any]:
-    """Batches with targets, as the model takes them: strategies look for the images in them."""
-    for batch in batches.samples():
-        yield batches.model.data_preprocessor(batch, True)
-
-
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    assert isinstance(model, BaseModel)
-    return model.parse_losses(model(**batch, mode="loss"))[0]
 
 
 def training_batches(runner: Any, most: int, seed: int) -> TaskBatches:
