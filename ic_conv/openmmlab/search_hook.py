@@ -34,7 +34,8 @@ class DilationSearchHook(Hook):
     The backbone is a supernet. Of several searches the earlier ones leave each channel a share of its
     candidates, and taps that none of them reads stay zero from then on. Or it is any plain network with 3x3
     convolutions, for the strategy gradient, which searches once: half of the channels move to a dilation and
-    keep their weights. Frozen layers stay plain.
+    keep their weights. Frozen layers stay plain. A search computes in the weights' own precision, also where
+    the training is in mixed precision.
 
     A training that goes on from a checkpoint, and a test, take up the layers that the checkpoint has. If the
     training is stopped early (EarlyStoppingHook), a supernet is searched at that end; a plain network, which
