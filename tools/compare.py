@@ -51,8 +51,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     people = commands.add_parser(
         "people", help="bottom-up pose: COCO AP on drawn people after equal training"
     )
-    people.add_argument("--steps", type=int, default=500, help="training steps of each network (default 500)")
-    people.add_argument("--methods", default="plain,edo energy", help='default "plain,edo energy"')
+    people.add_argument(
+        "--steps", type=int, default=2000, help="training steps of each network (default 2000)"
+    )
+    people.add_argument("--methods", default="plain,gradient grown", help='default "plain,gradient grown"')
     people.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     people.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     people.add_argument(
@@ -136,11 +138,13 @@ def _oneshot(args: argparse.Namespace) -> str:
 
 def _people(args: argparse.Namespace) -> str:
     try:
-        from search.compare.people import METHODS, SUPERNET, PeopleOptions, compare, table
+        from search.compare.people import METHODS, METRICS, PLAIN, SUPERNET, PeopleOptions, compare
     except ModuleNotFoundError as error:
         from ic_conv.openmmlab.runner import INSTALL
 
         raise ValueError(f"{error}; {INSTALL}") from error
+    from search.compare import table
+
     chosen = args.methods.split(",")
     if unknown := [name for name in chosen if name not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}; known ones: {', '.join(METHODS)}")
@@ -156,7 +160,8 @@ def _people(args: argparse.Namespace) -> str:
             results.setdefault(name, {})[seed] = result
             progress.console.print(f"{name}, seed {seed}: AP {result['AP']:.1f}")
             progress.advance(bar)
-    return table({name: list(results[name].values()) for name in (SUPERNET, *chosen) if name in results})
+    made = {name: results[name] for name in (SUPERNET, *chosen) if name in results}
+    return table(made, PLAIN if PLAIN in made else None, {name: name for name in METRICS})
 
 
 def _planted(args: argparse.Namespace) -> str:

@@ -4,7 +4,8 @@
 Finished runs lie as JSON files in the work folder, so that an interrupted comparison goes on where it was.
 """
 
-from search.compare.catalogue import Method, methods, pattern_of, shuffled
+from search.compare.catalogue import Method, methods, pattern_of
+from search.compare.finders import shuffled
 from search.compare.runs import compare, run, with_cost, with_needs
 from search.compare.setting import PLAIN, SUPERNET, CompareOptions, slim_resnet, trained
 from search.compare.show import draw, table

@@ -17,6 +17,7 @@ from search.engine.checkpoint import FINAL, STATE, load_weights, read_checkpoint
 from search.tasks import Task
 
 GROWN = "grown.json"
+GROW_AFTER = 8  # a growing network is plain for this fraction of its steps
 
 
 def train_growing(

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a pattern searched on poses pay? Plain and inception networks learn drawn people for the same steps.
 
-The pattern is found once, on one supernet; the seeds are those of the trainings after it.
+A supernet's pattern is found once; the seeds are those of the trainings after it. A growing network finds its
+own, and the search counts as a part of its steps.
 Finished runs lie as JSON files in the work folder; an interrupted training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -20,6 +21,7 @@ from mmengine.runner import Runner
 from ic_conv.openmmlab.pose.drawn_people import write_people
 from ic_conv.openmmlab.runner import load_config, prepare
 from ic_conv.pattern import DilationPattern
+from search.compare.grow import GROW_AFTER
 from search.compare.records import in_processes, kept
 from search.criteria import CRITERIA
 from search.engine import TrainOptions
@@ -28,9 +30,10 @@ from search.run import prepare as prepare_search
 from search.run import search_pattern
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/human_pose/res18_drawn_256x256.py"
-SUPERNET, PLAIN, FOUND = "supernet", "plain", "edo "
+SUPERNET, PLAIN, FOUND, GROWN = "supernet", "plain", "edo ", "gradient grown"
 STAGES = 2  # of the ResNet-18: its maps are an eighth of the image
-METHODS = (PLAIN, *(FOUND + name for name in CRITERIA))
+METHODS = (PLAIN, GROWN, *(FOUND + name for name in CRITERIA))
+GROWING_IMAGES = 256  # of the search in a growing network, forward and backward, then for its batch norms
 METRICS = ("AP", "AP .5", "AP .75", "AP (M)")  # COCO's; M: people above 32² pixels of the picture
 
 
@@ -51,7 +54,7 @@ class PeopleOptions:
     """
 
     work_dir: Path
-    steps: int = 500
+    steps: int = 2000
     batch_size: int = 8
     image_size: int = 192
     base_channels: int = 32
@@ -66,6 +69,11 @@ class PeopleOptions:
         """Of the supernet, which costs four times as much: three fifths of the same schedule."""
         return max(1, 3 * self.steps // 5)
 
+    @property
+    def growing_steps(self) -> int:
+        """Of a growing network, whose search takes the rest."""
+        return max(2, self.steps - 2 * GROWING_IMAGES // self.batch_size)
+
 
 def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
     """The config of one run: ResNet-18 plain, as a supernet, or with the pattern in the work folder."""
@@ -76,7 +84,7 @@ def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
     backbone.update(base_channels=channels, num_stages=STAGES, out_indices=(STAGES - 1,))
     if method == SUPERNET:
         backbone.update(type="SuperResNet", kernel_size=options.kernel)
-    elif method != PLAIN:
+    elif method.startswith(FOUND):
         backbone.pattern = str(pattern_path(method, options))
     size = (options.image_size, options.image_size)
     codec = {"input_size": size, "heatmap_size": (size[0] // 4, size[1] // 4)}
@@ -91,17 +99,29 @@ def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
     config.train_dataloader.batch_size = options.batch_size
     config.train_dataloader.dataset.pipeline[3].encoder.update(codec)
     config.optim_wrapper.optimizer.lr = options.lr
-    steps = options.supernet_steps if method == SUPERNET else options.steps
+    if method == GROWN:
+        config.custom_hooks = [*config.get("custom_hooks", []), _growing(options)]
+    steps = {SUPERNET: options.supernet_steps, GROWN: options.growing_steps}.get(method, options.steps)
     config.train_cfg.update(max_iters=steps, val_begin=steps + 1)  # one test, after it
     warm_up, cosine = config.param_scheduler
     warm_up.end = cosine.begin = max(2, options.steps // 20)
-    cosine.end = options.steps
+    cosine.end = steps if method == GROWN else options.steps
     config.default_hooks.checkpoint.update(interval=max(1, options.steps // 10), save_best=None)
     config.randomness = {"seed": seed}
     config.log_level = "WARNING"
     # MMEngine keeps loggers and visualizers by name in global tables
     config.experiment_name = config.visualizer.name = str(folder)
     return prepare(config, CONFIG, work_dir=str(folder), resume="auto")
+
+
+def _growing(options: PeopleOptions) -> dict[str, Any]:
+    return {
+        "type": "DilationSearchHook",
+        "strategy": "gradient",
+        "at": max(1, options.growing_steps // GROW_AFTER),
+        "kernel_size": options.kernel,
+        "calibration_batches": GROWING_IMAGES // options.batch_size,
+    }
 
 
 def run(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
@@ -112,10 +132,7 @@ def run(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
 
 
 def _make(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
-    plain_share = 1.0
-    if method.startswith(FOUND):
-        layers = _search(method, options).layers
-        plain_share = sum(layer.plain_share for layer in layers) / len(layers)
+    pattern = _search(method, options) if method.startswith(FOUND) else None
     config = task_config(method, seed, options)
     folder = run_folder(method, seed, options)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +142,10 @@ def _make(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
         runner.train()
         scores = runner.val()
     result = {name: round(100 * float(scores[f"coco/{name}"]), 2) for name in METRICS}
-    return {**result, "plain_share": plain_share}
+    if method == GROWN:
+        pattern = DilationPattern.load(folder / "pattern.json")
+    shares = [1.0] if pattern is None else [layer.plain_share for layer in pattern.layers]
+    return {**result, "plain_share": sum(shares) / len(shares)}
 
 
 def _search(method: str, options: PeopleOptions) -> DilationPattern:
@@ -163,16 +183,3 @@ def compare(
     before += [(name, seed) for name in names if name not in found for seed in range(seeds)]
     groups = (before, [(name, seed) for name in found for seed in range(seeds)])
     return in_processes(run, options, groups, jobs)
-
-
-def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """A Markdown table: mean and standard deviation over the seeds, in percent."""
-    lines = [f"| method | {' | '.join(METRICS)} | plain channels |", "|---" * (len(METRICS) + 2) + "|"]
-    for name, runs in results.items():
-        cells = []
-        for column in (*METRICS, "plain_share"):
-            values = [run[column] * (100 if column == "plain_share" else 1) for run in runs]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)

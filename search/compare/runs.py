@@ -13,19 +13,27 @@ import torch
 
 from ic_conv.convert import apply_pattern
 from ic_conv.pattern import DilationPattern
-from search.compare.catalogue import methods, pattern_of
-from search.compare.grow import train_growing
+from search.compare.catalogue import NARROWINGS, Method, methods, pattern_of
+from search.compare.grow import GROW_AFTER, train_growing
 from search.compare.records import in_processes, kept
-from search.compare.setting import SUPERNET, CompareOptions, calibration, slim_resnet, task_of, trained
+from search.compare.setting import (
+    PLAIN,
+    CompareOptions,
+    calibration,
+    slim_resnet,
+    task_of,
+    trained,
+)
 from search.data import ScatteredDigits
 from search.engine import evaluate, train
 from search.engine.checkpoint import FINAL, STATE, read_checkpoint
-from search.refit import warm_start
+from search.narrowing import NarrowHook
+from search.refit import estimate_batch_norms, warm_start
+from search.strategies import SearchTask
 from search.supernet import convert_to_supernet
 from search.tasks import Task
 
-GROW_AFTER = 8  # a growing network is plain for this fraction of its steps
-OTHER_IMAGES = 500  # added to the seed of what is trained on from the supernet
+OTHER_IMAGES = 500  # added to the seed of what is trained on from another network
 
 
 def run(name: str, seed: int, options: CompareOptions) -> dict[str, float]:
@@ -56,16 +64,24 @@ def compare(
     options: CompareOptions, names: Sequence[str], seeds: Sequence[int], jobs: int
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
     """Makes the runs of the named methods, and what they need, in `jobs` processes; yields each when done."""
-    every = with_needs(names)
-    needed = list(dict.fromkeys(need for name in every for need in methods()[name].needs))
-    groups = (needed, [name for name in every if name not in needed])
-    runs = [[(name, seed) for seed in seeds for name in group] for group in groups]
+    groups: dict[int, list[str]] = {}
+    for name in with_needs(names):
+        groups.setdefault(_depth(name), []).append(name)
+    runs = [[(name, seed) for seed in seeds for name in groups[depth]] for depth in sorted(groups)]
     return in_processes(run, options, runs, jobs)
 
 
 def with_needs(names: Sequence[str]) -> list[str]:
-    """The names, and after each what it needs: no need has needs of its own."""
-    return list(dict.fromkeys(one for name in names for one in (name, *methods()[name].needs)))
+    """The names, and after each all that it needs."""
+    every: dict[str, None] = {}
+    for name in names:
+        every |= dict.fromkeys((name, *with_needs(methods()[name].needs)))
+    return list(every)
+
+
+def _depth(name: str) -> int:
+    """How many runs must follow one another before this one."""
+    return max((1 + _depth(need) for need in methods()[name].needs), default=0)
 
 
 def _make(name: str, seed: int, options: CompareOptions) -> dict[str, Any]:
@@ -76,9 +92,9 @@ def _make(name: str, seed: int, options: CompareOptions) -> dict[str, Any]:
     left = _steps_left(folder, steps)
     start = time.process_time()
     task = _start(name, seed, options, pattern)
-    data = ScatteredDigits(seed=seed + OTHER_IMAGES * method.refit)
+    data = ScatteredDigits(seed=seed + OTHER_IMAGES * (method.start is not None))
     if method.grow is None:
-        train(task, data, training)
+        train(task, data, training, _narrowing(method, task, options, seed, steps))
     else:
         grow, at = method.grow, max(1, steps // GROW_AFTER)
         pattern = train_growing(task, data, training, at, lambda plain: grow(plain, options, seed))
@@ -94,6 +110,17 @@ def _make(name: str, seed: int, options: CompareOptions) -> dict[str, Any]:
     }
 
 
+def _narrowing(
+    method: Method, task: Task, options: CompareOptions, seed: int, steps: int
+) -> list[NarrowHook]:
+    """The searches in the midst of a supernet's training."""
+    if method.narrow is None:
+        return []
+    batches = calibration(seed)
+    at = [steps * place // (NARROWINGS + 1) for place in range(1, NARROWINGS + 1)]
+    return [NarrowHook(at, method.narrow(options, seed), SearchTask.of(task.network, batches, seed))]
+
+
 def _steps_left(folder: Path, steps: int) -> int:
     """Of a training that may have been interrupted."""
     if (folder / FINAL).exists():
@@ -105,10 +132,14 @@ def _steps_left(folder: Path, steps: int) -> int:
 def _start(name: str, seed: int, options: CompareOptions, pattern: DilationPattern | None) -> Task:
     """The task before its training."""
     method = methods()[name]
-    if method.refit:
+    if method.start is not None:
         assert pattern is not None
-        task, batches = trained(options, seed, SUPERNET), calibration(seed)
-        task.network = warm_start(task.network, pattern, lambda: batches, inplace=True)
+        task, batches = trained(options, seed, method.start), calibration(seed)
+        if method.start == PLAIN:
+            task.network = apply_pattern(task.network, pattern, inplace=True)
+            estimate_batch_norms(task.network, batches)
+        else:
+            task.network = warm_start(task.network, pattern, lambda: batches, inplace=True)
         return task
     torch.manual_seed(seed)
     network = slim_resnet()

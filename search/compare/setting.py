@@ -22,7 +22,7 @@ from search.tasks import Task, wrap
 WIDTH, BLOCKS = 32, 2
 CALIBRATION = 512  # images
 IMAGES = 32  # in a batch of a search
-PLAIN, SUPERNET = "plain", "supernet"
+PLAIN, SUPERNET, NARROWED = "plain", "supernet", "supernet narrowed"
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def task_of(network: nn.Module) -> Task:
 
 
 def trained(options: CompareOptions, seed: int, name: str) -> Task:
-    """The finished plain network or supernet.
+    """The finished plain network, or a supernet of that name.
 
     Raises:
         ValueError: it is not there.
     """
     network = slim_resnet()
-    if name == SUPERNET:
+    if name != PLAIN:
         network = convert_to_supernet(network, options.kernel, inplace=True)
     task = task_of(network)
     load_checkpoint(task, options.path(seed, f"{name}.result") / FINAL)

@@ -26,24 +26,26 @@ def interval(values: Sequence[float]) -> float:
     return float(quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 
-def table(results: Mapping[str, Runs], against: str | None = None) -> str:
+def table(results: Mapping[str, Runs], against: str | None = None, scores: Mapping[str, str] = SCORES) -> str:
     """A Markdown table: means over the seeds and half the width of their 95 % confidence intervals.
 
     Args:
         results: by method and seed, scores and shares of `run` or `with_cost`.
-        against: a method; the others' scores minus its own, seed by seed, become a column.
+        against: a method; the others' first scores minus its own, seed by seed, become a column.
+        scores: columns and their titles.
     """
+    first, title = next(iter(scores.items()))
     base = {cost: _mean(results.get(PLAIN, {}), cost) for cost in COSTS}
     costs = [cost for cost in COSTS if not math.isnan(base[cost])]
-    titles = ["method", *SCORES.values()]
-    titles += [] if against is None else [f"mAP against {against}"]
+    titles = ["method", *scores.values()]
+    titles += [] if against is None else [f"{title} against {against}"]
     titles += ["plain channels", *(COSTS[cost] for cost in costs), "seeds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, runs in results.items():
-        cells = [_cell([run[score] for run in runs.values()]) for score in SCORES]
+        cells = [_cell([run[score] for run in runs.values()]) for score in scores]
         if against is not None:
             both = [seed for seed in runs if seed in results[against]] if name != against else []
-            gains = [runs[seed]["mAP"] - results[against][seed]["mAP"] for seed in both]
+            gains = [runs[seed][first] - results[against][seed][first] for seed in both]
             cells.append(_cell(gains, sign="+"))
         cells.append(_cell([100 * run["plain_share"] for run in runs.values()]))
         cells += [_cell([_mean(runs, cost) / base[cost]], digits=2) for cost in costs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import DefaultScope
@@ -30,7 +31,7 @@ from search.engine.options import TrainOptions, resolve_device
 from search.tasks import Task
 
 
-def train(task: Task, dataset: Dataset[Any], options: TrainOptions) -> Path:
+def train(task: Task, dataset: Dataset[Any], options: TrainOptions, hooks: Sequence[Hook] = ()) -> Path:
     """Trains `task` in place and returns the path of its final checkpoint.
 
     The work folder holds `final.pt` (state_dict and meta, all a user needs), while a training is under
@@ -43,6 +44,7 @@ def train(task: Task, dataset: Dataset[Any], options: TrainOptions) -> Path:
         task: see `search.tasks`; moved to the device.
         dataset: a data set of `search.data`.
         options: see TrainOptions.
+        hooks: MMEngine's, called in the training.
 
     Raises:
         ValueError: an option does not fit, or the state to resume belongs to another run.
@@ -66,7 +68,7 @@ def train(task: Task, dataset: Dataset[Any], options: TrainOptions) -> Path:
             task.to(device)
             return final
         try:
-            loss = _run(task, dataset, options, config, device, meta)
+            loss = _run(task, dataset, options, config, device, meta, hooks)
         except NonFiniteLossError as error:
             kept = f"the last good weights are in {state}" if state.exists() else "no weights were saved yet"
             raise NonFiniteLossError(
@@ -89,6 +91,7 @@ def _run(
     config: Any,
     device: torch.device,
     meta: dict[str, Any],
+    hooks: Sequence[Hook],
 ) -> float:
     """Builds the Runner, trains, and leaves neither workers nor MMEngine's global instances behind."""
     work_dir = Path(options.work_dir)
@@ -115,7 +118,7 @@ def _run(
             optim_wrapper=build_optim(task, config.optim_wrapper, device, options.amp),
             param_scheduler=[dict(part) for part in config.param_scheduler],
             default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")),
-            custom_hooks=[state, progress],
+            custom_hooks=[*hooks, state, progress],
             launcher=options.launcher,
             visualizer={"type": "Visualizer", "vis_backends": [{"type": "LocalVisBackend"}]},
             randomness={"seed": options.seed},

@@ -16,6 +16,7 @@ from search.assign import assign_argmin, assign_within, best_candidates, unit_er
 from search.assignment import BranchLimits, UnitLimits
 from search.criteria import DEFAULT_CRITERION, FIRST_ORDER, criterion, needs_correlations, needs_residuals
 from search.sharing import gathered, own
+from search.space import DilationSpace
 from search.statistics import LayerMoments, collect
 from search.strategies.base import SearchTask, Strategy
 from search.supernet import SuperInvolution2d, super_layers
@@ -27,7 +28,8 @@ class EDOStrategy(Strategy):
     Args:
         criterion: what "best" means, see `search.criteria`.
         limits: sizes and number of branches that run fast; by default there are none, as in the paper.
-        kept: candidates that a unit may take, bool (units, candidates) by layer; by default all.
+        kept: candidates that a unit may take, bool (units, candidates) by layer; by default those of
+            `open_candidates`.
 
     Raises:
         ValueError: the criterion is unknown.
@@ -58,7 +60,9 @@ class EDOStrategy(Strategy):
     def narrowed(self, task: SearchTask, count: int) -> dict[str, NDArray[np.bool_]]:
         """The `count` best candidates of each unit, bool (units, candidates) by layer."""
         errors = self._errors(task, self._collect(task))
-        return {name: best_candidates(self._allowed(name, of), count, name) for name, of in errors.items()}
+        return {
+            name: best_candidates(self._allowed(task, name, of), count, name) for name, of in errors.items()
+        }
 
     def from_moments(self, task: SearchTask, moments: dict[str, LayerMoments]) -> DilationPattern:
         """The pattern for moments that were collected before. Costs no forward pass."""
@@ -68,7 +72,7 @@ class EDOStrategy(Strategy):
             other: {} for other in FIRST_ORDER if other != self.criterion
         }
         for name, errors in self._errors(task, moments).items():
-            allowed = self._allowed(name, errors)
+            allowed = self._allowed(task, name, errors)
             if self.limits.free:
                 layer, total = assign_argmin(allowed, task.space, name), allowed.min(axis=1).sum()
             else:
@@ -119,9 +123,12 @@ class EDOStrategy(Strategy):
         found = gathered({name: of(name) for name in own(task.units)})
         return {name: found[name] for name in task.units}
 
-    def _allowed(self, name: str, errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _allowed(self, task: SearchTask, name: str, errors: NDArray[np.float64]) -> NDArray[np.float64]:
         """The errors, larger than any where a unit may not take the candidate."""
-        return errors if name not in self.kept else np.where(self.kept[name], errors, errors.max() + 1)
+        kept = self.kept.get(name)
+        if kept is None and task.supernet is not None:
+            kept = open_candidates(task.supernet.get_submodule(name), task.space, task.units[name])
+        return errors if kept is None else np.where(kept, errors, errors.max() + 1)
 
     def _unit_limits(self, task: SearchTask) -> dict[str, UnitLimits]:
         """The limits in units of each layer.
@@ -133,6 +140,20 @@ class EDOStrategy(Strategy):
             name: self.limits.of_layer(task.units[name], channels, name)
             for name, channels in layer_channels(task).items()
         }
+
+
+def open_candidates(layer: nn.Module, space: DilationSpace, units: int) -> NDArray[np.bool_]:
+    """The candidates that searches in the midst of a training left to a grown layer: those with weights on all
+    their taps. A layer without constant kernels, and a dead unit, have every candidate.
+
+    Returns:
+        bool (units, candidates)
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return np.ones((units, len(space.candidates)), dtype=bool)
+    alive = layer.weight.detach().ne(0).flatten(2).any(1)  # (channels, K * K)
+    kept = alive[:, space.taps.to(alive.device)].all(2).unflatten(0, (units, -1)).any(1)
+    return (kept | ~kept.any(1, keepdim=True)).cpu().numpy()
 
 
 def layer_channels(task: SearchTask) -> dict[str, int]:

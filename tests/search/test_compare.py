@@ -124,6 +124,12 @@ def test_table_shows_means_and_confidence_intervals() -> None:
     row = f"| plain | 82.0 ± {half:.1f} | 1.0 ± 0.0 | 2.0 ± 0.0 | 3.0 ± 0.0 | 50.0 ± 0.0 | 2 |"
     assert table({PLAIN: both}).splitlines()[2] == row
     assert "| plain | 82.0 | 1.0 |" in table({PLAIN: {0: scores(mAP=82.0)}})
+    people = {PLAIN: {0: {"AP": 4.0, "plain_share": 1.0}}, "found": {0: {"AP": 5.0, "plain_share": 0.5}}}
+    head, *_, row = table(people, PLAIN, {"AP": "AP"}).splitlines()
+    assert (head, row) == (
+        "| method | AP | AP against plain | plain channels | seeds |",
+        "| found | 5.0 | +1.0 | 50.0 | 1 |",
+    )
 
 
 def test_table_compares_seed_by_seed_and_counts_compute_in_plain_s() -> None:

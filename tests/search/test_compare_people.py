@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 
 from ic_conv.openmmlab.pose.drawn_people import write_people
 from ic_conv.pattern import DilationPattern
-from search.compare.people import METHODS, SUPERNET, PeopleOptions, run, table, task_config
+from search.compare.people import GROWN, METHODS, SUPERNET, PeopleOptions, run, task_config
 from tests.openmmlab.commands import command
 
 SMALL = {
@@ -66,12 +66,16 @@ def test_a_pattern_is_found_and_trained_and_finished_runs_stay(tmp_path: Path) -
         run("edo energy", 0, replace(options, steps=4))
 
 
-def test_table_shows_mean_and_spread() -> None:
-    runs = [{"AP": ap, "AP .5": 30, "AP .75": 5, "AP (M)": 10, "plain_share": 0.5} for ap in (12.0, 14.0)]
-    assert (
-        table({"plain": runs}).splitlines()[-1].startswith("| plain | 13.0 ± 1.4 | 30.0 ± 0.0 | 5.0 ± 0.0 |")
-    )
-    assert table({"plain": runs[:1]}).endswith("| plain | 12.0 | 30.0 | 5.0 | 10.0 | 50.0 |")
+@pytest.mark.slow
+def test_a_growing_network_pays_for_its_search(tmp_path: Path) -> None:
+    options = PeopleOptions(tmp_path, **SMALL | {"steps": 300, "val_images": 1})
+    config = task_config(GROWN, 0, options)
+    assert config.train_cfg.max_iters == config.param_scheduler[1].end == 300 - 256
+    assert config.custom_hooks[-1]["at"] == 44 // 8
+    write_people(tmp_path / "people", {"train": options.train_images, "val": options.val_images})
+    assert run(GROWN, 0, options)["plain_share"] == 0.5
+    meta = DilationPattern.load(tmp_path / "seed0/gradient_grown/pattern.json").meta
+    assert meta["training"] == {"iterations": 5}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ train_dataloader = dict(
     batch_size=8,
     num_workers=0,
     persistent_workers=False,
+    sampler=dict(type="InfiniteSampler"),
     dataset=dict(data_root="data/drawn_people/", pipeline=train_pipeline),
 )
 val_dataloader = dict(
