@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import is_main_process
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -31,12 +32,12 @@ from ic_conv.openmmlab._runner_parts import (
 )
 from ic_conv.pattern import DilationPattern
 from search.criteria import criterion as known_criterion
-from search.in_training import kept_counts, mask_weight, plain_where_frozen, tap_mask
+from search.in_training import kept_counts, plain_where_frozen, shrink
 from search.on_task import TaskBatches, search_task
 from search.refit import Init, crop, estimate_batch_norms, warm_start
 from search.space import DilationSpace
 from search.strategies import STRATEGIES, EDOStrategy, SearchTask, Strategy
-from search.supernet import space_of, super_layers
+from search.supernet import open_candidates, space_of, super_layers
 
 VALIDATED = ("single-path", "histogram")  # strategies that hold a quarter of the batches out
 
@@ -50,7 +51,6 @@ class BackboneSearch:
 
     Attributes:
         space: in which a plain network is searched; None: the backbone is a supernet, which has its own.
-        kept: what the searches so far have left, bool (units, candidates) by layer.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -64,7 +64,6 @@ class BackboneSearch:
     kernel_size: int | None
     options: Mapping[str, Any]
     space: DilationSpace | None = field(init=False, default=None)
-    kept: dict[str, np.ndarray] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -114,7 +113,7 @@ class BackboneSearch:
             count = kept_counts(len(task.space.candidates), searches)[number - 1]
             finder = self._finder()
             assert isinstance(finder, EDOStrategy)
-            self.shrink(runner, agreed(finder.narrowed(task, count)))
+            self._shrink(runner, agreed(finder.narrowed(task, count)))
             for backbone in backbones_of(runner):
                 estimate_batch_norms(backbone, batches)
         runner.logger.info(f"each channel keeps {count} of {len(task.space.candidates)} dilations")
@@ -136,20 +135,13 @@ class BackboneSearch:
                     estimate_batch_norms(change(backbone), batches)
 
             change_backbones(runner, start, change)
-        self.kept = {}
         path = Path(runner.work_dir) / "pattern.json"
         if is_main_process():
             pattern.save(path)
         runner.logger.info(f"{pattern.summary()}\nthe training goes on with the pattern {path}")
 
-    def take_up(self, runner: Any, state: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None) -> None:
-        """Makes the layers that a checkpoint's weights are for.
-
-        Args:
-            runner: of the training or test.
-            state: the checkpoint's weights.
-            kept: candidates by layer, if searches have narrowed them.
-        """
+    def take_up(self, runner: Any, state: Mapping[str, Tensor]) -> None:
+        """Makes the layers that a checkpoint's weights are for."""
         if not (layers := self.open_layers(runner)):
             return
         found = pattern_of(without_prefix(state, f"{next(iter(layers))}.weight"))
@@ -157,19 +149,15 @@ class BackboneSearch:
             space = self.space or space_of(backbone_of(runner.model))
             pattern = replace(found, kernel=space.kernel, base_kernel=space.base_kernel)
             change_backbones(runner, self._change(pattern))
-            self.kept = {}
-        elif kept is not None:
-            self.shrink(runner, {name: value.cpu().numpy() for name, value in kept.items()})
 
-    def shrink(self, runner: Any, kept: dict[str, np.ndarray]) -> None:
-        """Taps that no kept candidate reads stay zero from now on."""
-        self.kept = kept
+    def stay_narrow(self, runner: Any) -> None:
+        """A training that goes on keeps the zeros that earlier searches have left."""
+        layers = self.open_layers(runner)
+        self._shrink(runner, {name: open_candidates(layer) for name, layer in layers.items()})
+
+    def _shrink(self, runner: Any, kept: Mapping[str, NDArray[np.bool_]]) -> None:
         for backbone in backbones_of(runner):
-            space = space_of(backbone)
-            layers: dict[str, Any] = super_layers(backbone)
-            for name, layer in layers.items():
-                mask = tap_mask(space, torch.from_numpy(kept[name]), layer.out_channels)
-                mask_weight(layer.weight, mask, optimizers_of(runner))
+            shrink(backbone, kept, optimizers_of(runner))
 
     def _change(self, pattern: DilationPattern) -> Callable[[nn.Module], nn.Module]:
         """What gives a backbone the pattern, in place."""
@@ -179,7 +167,7 @@ class BackboneSearch:
 
     def _finder(self) -> Strategy:
         kind = STRATEGIES[self.strategy]
-        own = {"criterion": self.criterion, "kept": self.kept} if kind is EDOStrategy else {}
+        own = {"criterion": self.criterion} if kind is EDOStrategy else {}
         try:
             usual = kind()
             given = {

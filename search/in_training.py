@@ -12,12 +12,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ic_conv.pattern import PLAIN, DilationPattern, LayerPattern
 from search.space import DilationSpace
+from search.supernet import SuperConv2d, space_of, super_layers
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +43,22 @@ def tap_mask(space: DilationSpace, kept: Tensor, channels: int) -> Tensor:
     return units.repeat_interleave(channels // len(units), 0).unsqueeze(1)
 
 
+def shrink(supernet: nn.Module, kept: Mapping[str, NDArray[np.bool_]], optimizers: list[Optimizer]) -> None:
+    """Sets the taps that no kept candidate reads to zero, now and in the training to come.
+
+    Args:
+        supernet: in training.
+        kept: bool (units, candidates) by layer.
+        optimizers: which step it.
+    """
+    space, layers = space_of(supernet), super_layers(supernet)
+    for name, each in kept.items():
+        if isinstance(layer := layers[name], SuperConv2d):
+            mask_weight(layer.weight, tap_mask(space, torch.from_numpy(each), layer.out_channels), optimizers)
+
+
 @torch.no_grad()
-def mask_weight(weight: nn.Parameter, mask: Tensor, optimizers: list[Optimizer]) -> None:
+def mask_weight(weight: Tensor, mask: Tensor, optimizers: list[Optimizer]) -> None:
     """Sets a kernel's other taps to zero, now and in the training to come, whatever optimizer steps it.
 
     Gradient and momentum are zero there too, and zeros decay to zeros.
@@ -128,5 +145,5 @@ def _moved(value: object, old: nn.Parameter, new: nn.Parameter, places: Tensor) 
     return torch.empty_like(new, dtype=value.dtype).copy_(value.flatten()[places.to(value.device)])
 
 
-def _follows(value: object, parameter: nn.Parameter) -> bool:
+def _follows(value: object, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape

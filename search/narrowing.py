@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from mmengine.hooks import Hook
 from numpy.typing import NDArray
-from torch import nn
 
-from search.in_training import kept_counts, mask_weight, tap_mask
+from search.in_training import kept_counts, shrink
 from search.strategies.base import SearchTask
-from search.strategies.edo import open_candidates
-from search.supernet import SuperConv2d, super_layers
+from search.supernet import open_candidates, super_layers
 
 
 class Narrower(Protocol):
@@ -46,12 +44,9 @@ class NarrowHook(Hook):
     def before_train(self, runner: Any) -> None:
         """A resumed training keeps the zeros that its state has."""
         if runner.iter >= self.at[0]:
-            task = self.task
-            kept = {
-                name: open_candidates(layer, task.space, task.units[name])
-                for name, layer in self._layers().items()
-            }
-            self._mask(runner, kept)
+            assert self.task.supernet is not None
+            layers = super_layers(self.task.supernet)
+            self._shrink(runner, {name: open_candidates(layer) for name, layer in layers.items()})
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -59,16 +54,9 @@ class NarrowHook(Hook):
         if (step := batch_idx + 1) in self.at:
             count = kept_counts(len(self.task.space.candidates), len(self.at) + 1)[self.at.index(step)]
             with torch.random.fork_rng():  # the training goes on as if nothing had been drawn
-                self._mask(runner, self.finder.narrowed(self.task, count))
+                self._shrink(runner, self.finder.narrowed(self.task, count))
             runner.logger.info(f"step {step}: each channel keeps {count} dilations")
 
-    def _mask(self, runner: Any, kept: Mapping[str, NDArray[np.bool_]]) -> None:
-        for name, layer in self._layers().items():
-            mask = tap_mask(self.task.space, torch.from_numpy(kept[name]), layer.out_channels)
-            assert isinstance(layer.weight, nn.Parameter)
-            mask_weight(layer.weight, mask, [runner.optim_wrapper.optimizer])
-
-    def _layers(self) -> dict[str, SuperConv2d]:
+    def _shrink(self, runner: Any, kept: Mapping[str, NDArray[np.bool_]]) -> None:
         assert self.task.supernet is not None
-        layers = super_layers(self.task.supernet)
-        return {name: layer for name, layer in layers.items() if isinstance(layer, SuperConv2d)}
+        shrink(self.task.supernet, kept, [runner.optim_wrapper.optimizer])

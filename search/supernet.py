@@ -8,10 +8,12 @@ import logging
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ic_conv.convert import replace_modules, searchable_layers
+from ic_conv.convert import replace_modules, searchable_layers, units_of
 from ic_conv.layers import Involution2d
 from search.space import DilationSpace
 
@@ -165,3 +167,18 @@ def space_of(supernet: nn.Module) -> DilationSpace:
     if len(spaces) != 1:
         raise ValueError(f"the supernet must have grown layers of one size, got {len(spaces)} sizes")
     return spaces.pop()
+
+
+def open_candidates(layer: SuperLayer) -> NDArray[np.bool_]:
+    """The candidates that searches in the midst of a training left to a grown layer: those with weights on
+    all their taps. A dead unit has every candidate, as has an involution, whose kernels are no constants.
+
+    Returns:
+        bool (units, candidates)
+    """
+    space, units = DilationSpace(layer.kernel_size[0], layer.base_kernel), units_of(layer)
+    if not isinstance(layer, SuperConv2d):
+        return np.ones((units, len(space.candidates)), dtype=bool)
+    alive = layer.weight.detach().ne(0).flatten(2).any(1)  # (channels, K * K)
+    left = alive[:, space.taps.to(alive.device)].all(2).unflatten(0, (units, -1)).any(1)
+    return (left | ~left.any(1, keepdim=True)).cpu().numpy()

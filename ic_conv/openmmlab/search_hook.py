@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
@@ -19,8 +18,6 @@ from ic_conv.openmmlab._runner_parts import backbone_of, progress_of, save_again
 
 if TYPE_CHECKING:
     from search.refit import Init
-
-KEPT = "dilation_candidates"  # in checkpoints: what the searches so far have left
 
 
 @HOOKS.register_module()
@@ -118,6 +115,8 @@ class DilationSearchHook(Hook):
                 f"DilationSearchHook: the last search was due after {due} {unit}, {done} are done; "
                 "the network stays as it is"
             )
+        elif self.at is not None and self.at[0] <= done and self.search.open_layers(runner):
+            self.search.stay_narrow(runner)
 
     def after_train_epoch(self, runner: Any) -> None:
         self._search_if_due(runner, "epochs")
@@ -143,13 +142,9 @@ class DilationSearchHook(Hook):
         if runner.val_loop is not None:
             runner.val_loop.run()
 
-    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        if self.search.kept:
-            checkpoint[KEPT] = {name: torch.from_numpy(kept) for name, kept in self.search.kept.items()}
-
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Makes the layers that the checkpoint's weights are for, before these are loaded."""
-        self.search.take_up(runner, checkpoint.get("state_dict", checkpoint), checkpoint.get(KEPT))
+        self.search.take_up(runner, checkpoint.get("state_dict", checkpoint))
 
     def _search_if_due(self, runner: Any, unit: str) -> None:
         """Called after each epoch and each iteration, before it counts as done."""

@@ -16,20 +16,19 @@ from search.assign import assign_argmin, assign_within, best_candidates, unit_er
 from search.assignment import BranchLimits, UnitLimits
 from search.criteria import DEFAULT_CRITERION, FIRST_ORDER, criterion, needs_correlations, needs_residuals
 from search.sharing import gathered, own
-from search.space import DilationSpace
 from search.statistics import LayerMoments, collect
 from search.strategies.base import SearchTask, Strategy
-from search.supernet import SuperInvolution2d, super_layers
+from search.supernet import SuperInvolution2d, open_candidates, super_layers
 
 
 class EDOStrategy(Strategy):
     """Collects moments over the calibration data, then takes each channel's best candidate.
 
+    Of a supernet that was narrowed while it trained, a channel takes one of the candidates that it has left.
+
     Args:
         criterion: what "best" means, see `search.criteria`.
         limits: sizes and number of branches that run fast; by default there are none, as in the paper.
-        kept: candidates that a unit may take, bool (units, candidates) by layer; by default those of
-            `open_candidates`.
 
     Raises:
         ValueError: the criterion is unknown.
@@ -42,10 +41,9 @@ class EDOStrategy(Strategy):
         self,
         criterion: str = DEFAULT_CRITERION,
         limits: BranchLimits | None = None,
-        kept: Mapping[str, NDArray[np.bool_]] | None = None,
     ) -> None:
         self.residuals, self.correlations = needs_residuals(criterion), needs_correlations(criterion)
-        self.criterion, self.limits, self.kept = criterion, limits or BranchLimits(), kept or {}
+        self.criterion, self.limits = criterion, limits or BranchLimits()
 
     def check(self, task: SearchTask) -> None:
         self._unit_limits(task)
@@ -125,10 +123,9 @@ class EDOStrategy(Strategy):
 
     def _allowed(self, task: SearchTask, name: str, errors: NDArray[np.float64]) -> NDArray[np.float64]:
         """The errors, larger than any where a unit may not take the candidate."""
-        kept = self.kept.get(name)
-        if kept is None and task.supernet is not None:
-            kept = open_candidates(task.supernet.get_submodule(name), task.space, task.units[name])
-        return errors if kept is None else np.where(kept, errors, errors.max() + 1)
+        assert task.supernet is not None
+        left = open_candidates(super_layers(task.supernet)[name])
+        return np.where(left, errors, errors.max() + 1)
 
     def _unit_limits(self, task: SearchTask) -> dict[str, UnitLimits]:
         """The limits in units of each layer.
@@ -140,20 +137,6 @@ class EDOStrategy(Strategy):
             name: self.limits.of_layer(task.units[name], channels, name)
             for name, channels in layer_channels(task).items()
         }
-
-
-def open_candidates(layer: nn.Module, space: DilationSpace, units: int) -> NDArray[np.bool_]:
-    """The candidates that searches in the midst of a training left to a grown layer: those with weights on all
-    their taps. A layer without constant kernels, and a dead unit, have every candidate.
-
-    Returns:
-        bool (units, candidates)
-    """
-    if not isinstance(layer, nn.Conv2d):
-        return np.ones((units, len(space.candidates)), dtype=bool)
-    alive = layer.weight.detach().ne(0).flatten(2).any(1)  # (channels, K * K)
-    kept = alive[:, space.taps.to(alive.device)].all(2).unflatten(0, (units, -1)).any(1)
-    return (kept | ~kept.any(1, keepdim=True)).cpu().numpy()
 
 
 def layer_channels(task: SearchTask) -> dict[str, int]:
