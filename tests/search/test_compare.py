@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ic_conv import DilationPattern, LayerPattern
@@ -13,6 +14,7 @@ from search.compare import (
     PLAIN,
     SUPERNET,
     CompareOptions,
+    compare,
     draw,
     methods,
     pattern_of,
@@ -24,8 +26,10 @@ from search.compare import (
     with_cost,
     with_needs,
 )
+from search.compare.finders import Towards
 from search.compare.setting import CALIBRATION, training_flops
 from search.engine.checkpoint import FINAL, STATE, read_checkpoint
+from search.strategies import STRATEGIES, SearchTask
 from search.supernet import convert_to_supernet, super_layers
 
 GROWN = "gradient grown"
@@ -79,6 +83,33 @@ def test_a_refitted_network_starts_from_the_supernet(tmp_path: Path) -> None:
     # the supernet's 8 images, a pass to find the pattern and one to refit; the network's own 8 images
     assert cost["flops"] == (8 + 2 * CALIBRATION) * grown + 8 * plain
     assert cost["seconds"] > json.loads((tmp_path / "seed0/supernet.result.json").read_text())["seconds"]
+
+
+def test_narrowing_to_a_pattern_ends_with_it() -> None:
+    task = SearchTask.of(convert_to_supernet(slim_resnet(), 9))
+    pattern = STRATEGIES["random"]().search(task)
+    before = {name: np.ones((units, 16), dtype=bool) for name, units in task.units.items()}
+    for count in (7, 3, 1):
+        kept = Towards(pattern).narrowed(task, count)
+        assert all((kept[name].sum(1) == count).all() for name in task.units)
+        assert not any((kept[name] & ~before[name]).any() for name in task.units)
+        before = kept
+    for layer in pattern.layers:
+        places = [task.space.candidates.index(dilation) for dilation in layer.assignment or ()]
+        assert before[str(layer.name)].argmax(1).tolist() == places
+
+
+@pytest.mark.slow
+def test_narrowed_supernets_are_made_before_what_starts_from_them(tmp_path: Path) -> None:
+    name, supernet = "shuffled narrowed + refit", "supernet narrowed to shuffled"
+    made = [method for method, _, _ in compare(small(tmp_path, steps=3), [name], [0], jobs=1)]
+    assert made == ["supernet narrowed", supernet, name] == with_needs([name])[::-1]
+    found = DilationPattern.load(tmp_path / "seed0/edo_narrowed.json")
+    dealt = DilationPattern.load(tmp_path / "seed0/shuffled_narrowed.json")
+    assert dealt.layers == shuffled(found, 0).layers
+    weights = read_checkpoint(tmp_path / f"seed0/{supernet.replace(' ', '_')}.result/{FINAL}")["state_dict"]
+    kept = weights["network.3.conv1.weight"].ne(0).flatten(2).any(1).sum(1)
+    assert (kept < 27).all()  # three of sixteen dilations are left
 
 
 @pytest.mark.slow
