@@ -170,6 +170,8 @@ class Trials:
         """Collects what every trial needs: one pass over the calibration batches."""
         validation = held_out(plain)
         model, network = copy.deepcopy((plain.model, plain.network))
+        # A training leaves another layout than a checkpoint; losses would differ in their last digit.
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         space = task.space
         if not super_layers(network):
             convert_to_supernet(

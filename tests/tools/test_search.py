@@ -179,17 +179,10 @@ BAD = [
     (["--config", "missing.py"], "the config file must exist, got missing.py"),
     (["--target", "cpu"], "0: the channel multiple must be at most its 8 channels, got 16"),
     (["--max-branches", 0], "max branches must be at least 1, got 0"),
-    (["--channel-multiple", 4, "--strategy", "hand"], "for the strategy edo, got hand"),
-    (["--n-trials", 5], "--n-trials is for the strategy pareto, got edo"),
-    (
-        ["--strategy", "random", "--storage", "sqlite:///s.db"],
-        "--storage is for the strategy pareto, got random",
-    ),
     (
         ["--strategy", "pareto", "--storage", "postgresql+psycopg://me:secret@localhost:1/studies"],
         "postgresql:// that can be reached: postgresql+psycopg://localhost:1/studies",
     ),
-    (["--finetune-steps", 2], "--finetune-steps is for the strategy pareto, got edo"),
 ]
 
 

@@ -150,7 +150,7 @@ def test_backbones_take_the_weights(init: Any, width: int, tmp_path: Path, caplo
     [
         (("--init", "best"), "init must be one of scratch, crop, refit; got 'best'"),
         (("--strategy", "gradient", "--init", "crop"), "the strategy gradient has none"),
-        (("--moved-share", "0.3"), "shares of moved channels are for the strategy gradient, got edo"),
+        (("--moved-share", "0.3"), "--moved-share is for the strategy gradient, got edo"),
         (("--strategy", "gradient", "--moved-share", "2"), "must lie between 0 and 1, got [2.0]"),
         (("--strategy", "gradient", "--checkpoint", "bare.pt"), "bare.pt holds a network without the head"),
         (("--checkpoint", "bare.pt"), "must fit the network, bare.pt: 0.weight is (8, 3, 3, 3) in the file"),
