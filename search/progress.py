@@ -15,34 +15,33 @@ _LINE_SECONDS = 10.0
 
 
 @contextmanager
-def bar(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int], None]]:
+def bar(what: str, total: int, shown: bool = True, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Gives the function that is called with how much is done, again and again.
 
     Args:
         what: is counted, in a word.
         total: of it.
         shown: if not, nothing is; nor do processes besides the first show anything.
+        done: of it, before this work.
     """
     console = Console(quiet=not (shown and is_main_process()), highlight=False)
     if not console.is_terminal:
-        yield _Lines(console, what, total)
+        yield _Lines(console, what, total, done)
         return
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=console.quiet) as progress:
-        row = progress.add_task("", total=total)
+        row = progress.add_task("", total=total, completed=done)
         yield lambda done: progress.update(row, completed=min(done, total))
 
 
 class _Lines:
-    def __init__(self, console: Console, what: str, total: int) -> None:
-        self._console, self._what, self._total = console, what, total
-        self._first: int | None = None  # work that goes on has some behind it
+    def __init__(self, console: Console, what: str, total: int, done: int) -> None:
+        self._console, self._what, self._total, self._first = console, what, total, done
         self._start = time.monotonic()
         self._line_at, self._told = 0.0, -1
 
     def __call__(self, done: int) -> None:
         done, now = min(done, self._total), time.monotonic()
-        self._first = done - 1 if self._first is None else self._first
         if done == self._told or (done < self._total and now < self._line_at):
             return
         self._line_at, self._told = now + _LINE_SECONDS, done

@@ -109,7 +109,7 @@ class HistogramStrategy(Strategy):
         trials = Trials.of(task, task.plain, self.steps, latency)
         identity = {**self._identity(task), **trials.identity}
         study = studies.open_study(self.study, trials.directions, identity, task.seed)
-        with bar("trial", self.study.trials, self.progress) as report:
+        with bar("trial", self.study.trials, self.progress, studies.finished(study)) as report:
             studies.work_on(study, trials, self.study, identity, report)
         if not study.best_trials:
             raise ValueError(f"no trial succeeded: {studies.failures(study)[0]}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from search.latency import LatencyTable
 from search.space import DilationSpace
 from search.strategies import (
     STRATEGIES,
@@ -30,6 +31,7 @@ from search.strategies.single_path import OnePath
 from search.study import StudyOptions
 
 SPACE = DilationSpace(5)  # (1, 1), (1, 2), (2, 1), (2, 2)
+TABLE = LatencyTable("abacus", "none", 1, 1, 16, {}, 1.0, ())
 STUDY = StudyOptions(name="h", sampler="tpe", pruner="median", trials=16)
 
 
@@ -197,6 +199,14 @@ def test_progress_is_shown_on_demand(
         (
             lambda: HistogramStrategy(study=StudyOptions("s.log", jobs=2)),
             "take one job, got 2",
+        ),
+        (
+            lambda: HistogramStrategy(study=STUDY, latency=TABLE),
+            "two need pruner none; got median",
+        ),
+        (
+            lambda: HistogramStrategy(latency=TABLE).check(planted(1)),
+            "the pattern has 1 layers, the network 0",
         ),
     ],
 )
