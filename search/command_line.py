@@ -26,7 +26,8 @@ EPILOG = """examples:
                                                           supernet (type='SuperResNet'), on its own data
   python tools/search.py --strategy pareto --latency-table here.json --n-jobs 2       many patterns: the front
                                                           of error and latency, WORK_DIR/ARCH_kKERNEL_front
-  python tools/search.py --init refit                     write weights for the found network, ready to train
+  python tools/search.py --init refit --searches 3        write weights for the found network, ready to train;
+                                                          the supernet adapts to what is left to each channel
   python tools/search.py --strategy gradient --checkpoint plain/final.pt      from a plain network alone
   python tools/search.py --strategy histogram --n-trials 60     the mix of dilations, chosen by validation in
                                                           an Optuna study
@@ -93,6 +94,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default 160)")
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the data instead of steps")
+    training.add_argument(
+        "--searches",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of edo, evenly spread over the training, the last one after it; the earlier ones leave each "
+        "channel a share of its dilations, to which the weights adapt: 3 suit --init refit (default 1)",
+    )
     training.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="images per step and process (default 8)"
     )
@@ -215,4 +224,5 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
         output=args.output,
         skip_bad=args.skip_bad,
         init=args.init,
+        searches=args.searches,
     )

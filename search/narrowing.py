@@ -23,6 +23,21 @@ class Narrower(Protocol):
         """The `count` best candidates of each unit, bool (units, candidates) by layer."""
 
 
+def evenly(steps: int, searches: int) -> tuple[int, ...]:
+    """The steps after which to search in the midst of a training, so that the last search follows its end.
+
+    Raises:
+        ValueError: there are too few steps.
+
+    Example:
+        >>> evenly(600, 3)
+        (200, 400)
+    """
+    if searches > steps:
+        raise ValueError(f"each search needs a training step before it: {searches} searches, {steps} steps")
+    return tuple(steps * number // searches for number in range(1, searches))
+
+
 class NarrowHook(Hook):
     """Searches in the midst of a training: each search leaves a channel its best candidates, and zeros on the
     taps that none of them reads.
@@ -40,6 +55,9 @@ class NarrowHook(Hook):
 
     def __init__(self, at: Sequence[int], finder: Narrower, task: SearchTask) -> None:
         self.at, self.finder, self.task = tuple(at), finder, task
+
+    def __repr__(self) -> str:
+        return f"searches after {', '.join(map(str, self.at))}"
 
     def before_train(self, runner: Any) -> None:
         """A resumed training keeps the zeros that its state has."""

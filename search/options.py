@@ -31,6 +31,8 @@ class SearchOptions:
             scattered digits, on as many images as the calibration has); 0: no score.
         init: what the network with the pattern starts from: ``scratch`` (no weights are written), ``crop`` or
             ``refit``, see `search.refit.warm_start`.
+        searches: of the strategy edo, evenly spread over the supernet's training, the last one after it; the
+            earlier ones narrow the kernels, see `search.narrowing`.
         data: ``digits``, or a folder with one folder of images per class.
         image_size: side of the images in pixels.
         calibration_images: images in the statistics pass.
@@ -52,6 +54,7 @@ class SearchOptions:
     finder: Strategy = field(default=None, repr=False)  # type: ignore[assignment]  # made below
     finetune_steps: int = 0
     init: Init = "scratch"
+    searches: int = 1
     data: str = DIGITS
     image_size: int = 96
     calibration_images: int = 512
@@ -70,6 +73,15 @@ class SearchOptions:
         if self.init == "crop" and self.finder.needs_plain:
             raise ValueError(
                 f"crop copies taps of a supernet, the strategy {self.strategy} has none; init can be refit"
+            )
+        if self.searches < 1:
+            raise ValueError(f"searches must be at least 1, got {self.searches}")
+        if self.searches > 1 and not (isinstance(self.finder, EDOStrategy) and self.trains):
+            which = (
+                "a checkpoint" if isinstance(self.finder, EDOStrategy) else f"the strategy {self.strategy}"
+            )
+            raise ValueError(
+                f"searches on the way need edo's supernet in training, got {self.searches} with {which}"
             )
         if self.calibration_images < 1:
             raise ValueError(f"calibration images must be at least 1, got {self.calibration_images}")

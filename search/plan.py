@@ -83,6 +83,10 @@ def describe(options: SearchOptions, prepared: Prepared) -> str:
     lines.append(
         f"strategy: {options.strategy}" + (f", criterion {options.criterion}" * _uses_criterion(options))
     )
+    if options.searches > 1:
+        lines.append(
+            f"searches: {options.searches}, evenly spread over the training; the last one follows it"
+        )
     lines.append(f"result: {options.pattern_path}")
     return "\n".join(lines)
 

@@ -28,11 +28,12 @@ from search.engine import train
 from search.engine.checkpoint import FINAL, STATE, load_weights, write_checkpoint
 from search.engine.options import resolve_device
 from search.engine.train import _processes
+from search.narrowing import NarrowHook, evenly
 from search.options import DIGITS, SearchOptions
 from search.refit import warm_start
 from search.report import draw_pattern
 from search.statistics import images_of
-from search.strategies import ParetoStrategy, PlainTask, SearchTask
+from search.strategies import EDOStrategy, ParetoStrategy, PlainTask, SearchTask
 from search.supernet import convert_to_supernet
 from search.tasks import Task, wrap
 
@@ -108,21 +109,29 @@ def processes(options: SearchOptions) -> AbstractContextManager[None]:
     return _processes(options.train.launcher, resolve_device(options.train.device))
 
 
+def train_network(options: SearchOptions, prepared: Prepared) -> None:
+    """Trains the network that the strategy needs, if one; makes all of several searches but the last."""
+    if not options.trains:
+        return
+    assert isinstance(prepared.task, Task)  # the model of a task config comes with a checkpoint
+    hooks = []
+    if options.searches > 1:
+        assert isinstance(options.finder, EDOStrategy)
+        at = evenly(options.train.read_config().train_cfg.max_iters, options.searches)
+        hooks.append(NarrowHook(at, options.finder, prepared.search))
+    train(prepared.task, prepared.dataset, options.train, hooks)
+
+
 def search_pattern(options: SearchOptions, prepared: Prepared) -> DilationPattern:
-    """Trains the network where the strategy needs it, and returns the pattern with its provenance."""
-    if trained := options.trains:
-        assert isinstance(prepared.task, Task)  # the model of a task config comes with a checkpoint
-        train(prepared.task, prepared.dataset, options.train)
+    """The pattern of the trained network, with its provenance."""
     prepared.task.to(resolve_device(options.train.device))
     if isinstance(options.finder, ParetoStrategy):
-        return _search_front(options, options.finder, prepared, trained)
+        return _search_front(options, options.finder, prepared)
     pattern = options.finder.search(prepared.search)
-    return replace(pattern, meta=_provenance(options, prepared, trained) | dict(pattern.meta))
+    return replace(pattern, meta=_provenance(options, prepared) | dict(pattern.meta))
 
 
-def _search_front(
-    options: SearchOptions, finder: ParetoStrategy, prepared: Prepared, trained: bool
-) -> DilationPattern:
+def _search_front(options: SearchOptions, finder: ParetoStrategy, prepared: Prepared) -> DilationPattern:
     """The knee of the front; the front's files go to a folder beside the pattern file."""
     from search.front import FineTuned, search_front
 
@@ -132,7 +141,7 @@ def _search_front(
             raise ValueError("scores after fine-tuning are for the tool's own data, not for a task's config")
         short = replace(options.train, steps=options.finetune_steps)
         score = FineTuned(prepared.task, prepared.dataset, _dataset(options, "val"), short)
-    meta = _provenance(options, prepared, trained)
+    meta = _provenance(options, prepared)
     pattern = search_front(finder, prepared.search, score, options.front_path, meta)
     return replace(pattern, meta=meta | dict(pattern.meta))
 
@@ -228,7 +237,7 @@ class _Calibration(Iterable[Tensor]):
         return torch.utils.data.RandomSampler(self.dataset, generator=generator)  # type: ignore[arg-type]
 
 
-def _provenance(options: SearchOptions, prepared: Prepared, trained: bool) -> dict[str, Any]:
+def _provenance(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
     """Where a pattern comes from: plain values, the same for the same run."""
     meta: dict[str, Any] = {
         "architecture": options.name if options.task_config else options.arch,
@@ -247,8 +256,12 @@ def _provenance(options: SearchOptions, prepared: Prepared, trained: bool) -> di
         config = options.train.read_config()
         meta["calibration_images"] = options.calibration_images
         meta["training"] = (
-            {"steps": config.train_cfg.max_iters, "batch_size": config.train_dataloader.batch_size}
-            if trained
+            {
+                "steps": config.train_cfg.max_iters,
+                "batch_size": config.train_dataloader.batch_size,
+                **({"searches": options.searches} if options.searches > 1 else {}),
+            }
+            if options.trains
             else {"checkpoint": Path(str(options.checkpoint)).name}
         )
         meta[f"{kind}_sha256"] = weights_hash(network)

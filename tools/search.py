@@ -66,7 +66,7 @@ def keep_freed_memory() -> None:
 def run(args: argparse.Namespace) -> None:
     from search.command_line import build_options
     from search.plan import describe, describe_cost, measure_cost
-    from search.run import prepare, processes, search_pattern, write_weights
+    from search.run import prepare, processes, search_pattern, train_network, write_weights
 
     started = time.monotonic()
     options = build_options(args)
@@ -78,13 +78,9 @@ def run(args: argparse.Namespace) -> None:
         cost = describe_cost(options, measure_cost(options, prepared)) if options.trains else "no training"
         console.print(cost)
         return
-    batches = prepared.search.batches()
-
-    def shown() -> object:
-        return track(batches, "calibrating", total=len(batches), console=console, transient=True)  # type: ignore[arg-type]
-
-    prepared = replace(prepared, search=replace(prepared.search, batches=shown))  # type: ignore[arg-type]
     with processes(options):
+        train_network(options, prepared)
+        prepared = with_progress(prepared, console)
         pattern = search_pattern(options, prepared)
         if first:
             show_results(options, prepared, pattern, time.monotonic() - started, console)
@@ -101,6 +97,16 @@ def run(args: argparse.Namespace) -> None:
         console.print(
             f"  backbone={backbone_config(options.task_config, options.pattern_path, weights)}", markup=False
         )
+
+
+def with_progress(prepared: Prepared, console: Console) -> Prepared:
+    """Each pass over the calibration data shows how far it is."""
+    batches = prepared.search.batches()
+
+    def shown() -> object:
+        return track(batches, "calibrating", total=len(batches), console=console, transient=True)  # type: ignore[arg-type]
+
+    return replace(prepared, search=replace(prepared.search, batches=shown))  # type: ignore[arg-type]
 
 
 def show_results(

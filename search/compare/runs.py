@@ -27,7 +27,7 @@ from search.compare.setting import (
 from search.data import ScatteredDigits
 from search.engine import evaluate, train
 from search.engine.checkpoint import FINAL, STATE, read_checkpoint
-from search.narrowing import NarrowHook
+from search.narrowing import NarrowHook, evenly
 from search.refit import estimate_batch_norms, warm_start
 from search.strategies import SearchTask
 from search.supernet import convert_to_supernet
@@ -117,7 +117,7 @@ def _narrowing(
     if method.narrow is None:
         return []
     batches = calibration(seed)
-    at = [steps * place // (NARROWINGS + 1) for place in range(1, NARROWINGS + 1)]
+    at = evenly(steps, NARROWINGS + 1)
     return [NarrowHook(at, method.narrow(options, seed), SearchTask.of(task.network, batches, seed))]
 
 

@@ -69,7 +69,7 @@ class StateHook(Hook):
     """
 
     priority = "VERY_LOW"  # after the schedulers' step
-    identity = ("steps", "batch_size", "lr", "seed", "amp", "processes")
+    identity = ("steps", "batch_size", "lr", "seed", "amp", "processes", "hooks")
 
     def __init__(
         self,
@@ -129,10 +129,10 @@ class StateHook(Hook):
 def check_identity(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:
     """ValueError that names the first option that a resumed run may not change."""
     for name in StateHook.identity:
-        if mine[name] != theirs.get(name):
+        if mine.get(name) != theirs.get(name):
             raise ValueError(
                 f"a resumed run needs the first run's options: {name} was {theirs.get(name)}, "
-                f"got {mine[name]}; see {path}"
+                f"got {mine.get(name)}; see {path}"
             )
 
 

@@ -61,7 +61,7 @@ def train(task: Task, dataset: Dataset[Any], options: TrainOptions, hooks: Seque
     device = resolve_device(options.device)
     work_dir = _make_folder(Path(options.work_dir))
     with _processes(options.launcher, device):
-        meta = _meta(task, dataset, options, config)
+        meta = _meta(task, dataset, options, config, hooks)
         final, state = work_dir / FINAL, work_dir / STATE
         if options.resume and final.exists() and not state.exists():
             check_identity(meta, load_checkpoint(task, final), final)
@@ -165,7 +165,9 @@ def _place(task: Task, device: torch.device, options: TrainOptions) -> nn.Module
     )
 
 
-def _meta(task: Task, dataset: Dataset[Any], options: TrainOptions, config: Any) -> dict[str, Any]:
+def _meta(
+    task: Task, dataset: Dataset[Any], options: TrainOptions, config: Any, hooks: Sequence[Hook]
+) -> dict[str, Any]:
     return {
         "task": type(task).__name__,
         "network": type(task.network).__name__,
@@ -178,6 +180,7 @@ def _meta(task: Task, dataset: Dataset[Any], options: TrainOptions, config: Any)
         "amp": options.amp,
         "processes": get_world_size(),
         "torch": str(torch.__version__),
+        **({"hooks": list(map(repr, hooks))} if hooks else {}),
     }
 
 

@@ -19,6 +19,7 @@ from ic_conv.checkpoint import read_weights
 from search import SearchTask, convert_to_supernet
 from search.refit import warm_start
 from search.strategies import RandomStrategy
+from search.supernet import open_candidates, super_layers
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +66,46 @@ def test_refit_writes_weights_that_the_network_with_the_pattern_takes(folder: Pa
     assert again.returncode == 0, again.stderr
     refitted, cropped = (read_weights(folder / name)[0] for name in ("run/tiny_k9.pt", "crop/p.pt"))
     assert any(not torch.equal(refitted[name], cropped[name]) for name in cropped if name in refitted)
+
+
+def test_several_searches_narrow_the_supernet(folder: Path) -> None:
+    done = search(folder, "--searches", 2, "--init", "refit")
+    assert done.returncode == 0, done.stderr
+    assert "searches: 2, evenly spread" in done.stdout
+    assert DilationPattern.load(folder / "run/tiny_k9.json").meta["training"]["searches"] == 2
+    weights = read_weights(folder / "run/final.pt")[0]
+    supernet = convert_to_supernet(tiny(folder), 9)
+    supernet.load_state_dict(
+        {name.removeprefix("network."): weights[name] for name in weights if "network" in name}
+    )
+    for layer in super_layers(supernet).values():
+        assert (open_candidates(layer).sum(1) == 4).all()
+    again = search(folder, "--checkpoint", "run/final.pt", "--output", "again/p.json")
+    assert again.returncode == 0, again.stderr
+    first, second = (DilationPattern.load(folder / name) for name in ("run/tiny_k9.json", "again/p.json"))
+    assert first.layers == second.layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--searches", 0], "searches must be at least 1, got 0"),
+        (["--searches", 4], "each search needs a training step before it: 4 searches, 3 steps"),
+        (["--searches", 2, "--strategy", "random"], "got 2 with the strategy random"),
+        (["--searches", 2, "--checkpoint", "mynet.py"], "got 2 with a checkpoint"),
+    ],
+)
+def test_searches_that_cannot_be_are_one_line(arguments: list[Any], message: str, folder: Path) -> None:
+    done = search(folder, *arguments)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith(message)
+
+
+def test_a_resumed_training_keeps_its_searches(folder: Path) -> None:
+    assert search(folder, "--searches", 2).returncode == 0
+    done = search(folder, "--searches", 3, "--resume")
+    assert (
+        done.returncode == 2 and "hooks was ['searches after 1'], got ['searches after 1, 2']" in done.stderr
+    )
 
 
 def test_a_strategy_without_supernet_trains_one_for_the_weights(folder: Path) -> None:
