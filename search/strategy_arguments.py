@@ -41,6 +41,15 @@ TAKEN: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "single-path": ("search_steps", "n_trials"),
     }
 )
+# What some of them are called in Python.
+_NAMES = {
+    "moved_share": "shares",
+    "search_steps": "steps",
+    "n_trials": "trials",
+    "n_jobs": "jobs",
+    "study_name": "name",
+    "latency_image_size": "image_size",
+}
 
 
 def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,18 +184,17 @@ def build_strategy(args: argparse.Namespace, name: str, work_dir: Path) -> Strat
     _check(args)
     match args.strategy:
         case EDOStrategy.name:
-            return EDOStrategy(args.criterion or DEFAULT_CRITERION, _limits(args))
+            return EDOStrategy(**_given(args, "criterion"), limits=_limits(args))
         case GradientStrategy.name:
-            moves = _given(args, moved_share="shares", validation_steps="validation_steps")
-            return GradientStrategy(**moves, limits=_limits(args))
+            return GradientStrategy(**_given(args, "moved_share", "validation_steps"), limits=_limits(args))
         case ParetoStrategy.name:
             return _pareto(args, name, work_dir)
         case HistogramStrategy.name:
             usual = HistogramStrategy(latency=_latency_table(args))
             study = _study(args, usual.study, f"{name}_histogram", work_dir)
-            steps = _given(args, search_steps="steps")
+            steps = _given(args, "search_steps")
             return HistogramStrategy(**steps, study=study, latency=usual.latency, progress=True)
-    given = _given(args, search_steps="steps", updates="updates", n_trials="trials")
+    given = _given(args, "search_steps", "updates", "n_trials")
     progress = {"progress": True} if args.strategy in TAKEN else {}
     return STRATEGIES[args.strategy](**given, **progress)
 
@@ -209,30 +217,21 @@ def _check(args: argparse.Namespace) -> None:
             ) from error
 
 
-def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
-    """Values of those arguments that were given, under their names in Python."""
-    return {name: value for option, name in names.items() if (value := getattr(args, option)) is not None}
+def _given(args: argparse.Namespace, *options: str) -> dict[str, Any]:
+    """Values of those that were given, under their names in Python."""
+    found = {_NAMES.get(option, option): getattr(args, option) for option in options}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _limits(args: argparse.Namespace) -> BranchLimits:
     """The target's limits, each replaced by its own option where that is given."""
     chosen = TARGETS[args.target] if args.target else BranchLimits()
-    own = {"channel_multiple": "channel_multiple", "min_branch": "min_branch", "max_branches": "max_branches"}
-    return replace(chosen, **_given(args, **own))
+    return replace(chosen, **_given(args, "channel_multiple", "min_branch", "max_branches"))
 
 
 def _study(args: argparse.Namespace, usual: StudyOptions, name: str, work_dir: Path) -> StudyOptions:
-    own = {"storage": str(work_dir / "study.journal"), "name": name}
-    given = _given(
-        args,
-        storage="storage",
-        study_name="name",
-        sampler="sampler",
-        pruner="pruner",
-        n_trials="trials",
-        n_jobs="jobs",
-    )
-    return replace(usual, **{**own, **given})
+    given = _given(args, "storage", "study_name", "sampler", "pruner", "n_trials", "n_jobs")
+    return replace(usual, **{"storage": str(work_dir / "study.journal"), "name": name, **given})
 
 
 def _latency_table(args: argparse.Namespace) -> LatencyTable | None:
@@ -244,12 +243,12 @@ def _latency_table(args: argparse.Namespace) -> LatencyTable | None:
 
 
 def _pareto(args: argparse.Namespace, name: str, work_dir: Path) -> ParetoStrategy:
-    identity = {"finetune_steps": args.finetune_steps or 0, "data": Path(args.data).name}
     options = ParetoOptions(
         _latency_table(args),
         study=_study(args, ParetoStrategy().study_options, name, work_dir),
-        identity=identity,
+        yardstick=args.criterion or DEFAULT_CRITERION,
+        identity={"finetune_steps": args.finetune_steps or 0, "data": Path(args.data).name},
         cache=work_dir / "assigned_layers.sqlite",
-        **_given(args, criterion="yardstick", criteria="criteria", latency_image_size="image_size"),
+        **_given(args, "criteria", "latency_image_size"),
     )
     return ParetoStrategy(options)
