@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dilation search: grow a network into a supernet, train it, find each channel's dilation."""
 
+from search.in_training import narrow
 from search.refit import warm_start
 from search.space import DilationSpace
 from search.strategies import STRATEGIES, SearchTask, Strategy, edo
@@ -13,5 +14,6 @@ __all__ = [
     "Strategy",
     "convert_to_supernet",
     "edo",
+    "narrow",
     "warm_start",
 ]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from search import DilationSpace, SearchTask, convert_to_supernet
+from search import DilationSpace, SearchTask, convert_to_supernet, narrow
 from search.assign import best_candidates
 from search.in_training import follow, kept_counts, shrink, tap_mask
 from search.strategies import EDOStrategy
+from search.supernet import open_candidates
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,23 @@ def test_a_unit_takes_none_but_the_candidates_that_it_has_left() -> None:
     )  # (1, 2) and (2, 1), which have the axes in common with it
     assert set(EDOStrategy().search(task).layers[0].assignment or ()) == {(2, 2)}
     shrink(supernet, {"0": kept}, [])
+    assert open_candidates(supernet[0]).tolist() == kept.tolist()
     assert set(EDOStrategy().search(task).layers[0].assignment or ()) <= {(1, 2), (2, 1)}
     assert not (EDOStrategy().narrowed(task, 2)["0"] & ~kept).any()
+
+
+def test_a_loop_of_ones_own_narrows_a_supernet() -> None:
+    torch.manual_seed(0)
+    supernet = convert_to_supernet(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), 9)
+    batches = [torch.randn(2, 3, 16, 16)]
+    optimizer = torch.optim.AdamW(supernet.parameters())
+    for step in range(4):
+        if step == 2:
+            best = EDOStrategy().narrowed(SearchTask.of(supernet, batches), 4)["0"]
+            narrow(supernet, batches, 4, [optimizer])
+        supernet(batches[0]).square().mean().backward()
+        optimizer.step()
+    assert open_candidates(supernet[0]).tolist() == best.tolist() and (best.sum(1) == 4).all()
 
 
 def test_the_taps_of_kept_candidates() -> None:
