@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -18,14 +17,12 @@ from typing import Any, Literal
 import optuna
 import torch.multiprocessing
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search._repeatable import RepeatableSampler
+from search.storage import NO_STORAGE, open_storage, without_password
 
-NO_STORAGE = "none"
 SAMPLERS = ("nsga2", "tpe")
 PRUNERS = ("none", "median", "halving")
 POPULATION = 24  # of NSGA-II: a few generations within a hundred trials
@@ -71,44 +68,6 @@ class StudyOptions:
             raise ValueError(f"pruner must be one of {', '.join(PRUNERS)}; got {self.pruner!r}")
         if self.jobs > 1 and self.storage == NO_STORAGE:
             raise ValueError(f"{self.jobs} jobs need a storage that they can share, got storage none")
-
-
-class _Lock:
-    """Lets one process at a time write to a journal, in the order of asking; a killed one loses the lock."""
-
-    def __init__(self, journal: Path) -> None:
-        self._path = journal.with_name(f"{journal.name}.lock").absolute()
-
-    def acquire(self) -> bool:
-        self._file = self._path.open("a")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        self._file.close()
-
-
-def open_storage(storage: str) -> BaseStorage:
-    """The storage; it is made if it can be.
-
-    Raises:
-        ValueError: it cannot be reached, or the URL's database needs a driver that is not installed.
-    """
-    if storage == NO_STORAGE:
-        return InMemoryStorage()
-    try:
-        if "://" not in storage:
-            path = Path(storage)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            return JournalStorage(JournalFileBackend(str(path), _Lock(path)))  # type: ignore[arg-type]
-        return RDBStorage(storage)
-    except Exception as error:  # each database driver has errors of its own
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(
-            f"the storage must be a journal file, sqlite:/// or postgresql:// that can be reached: "
-            f"{_without_password(storage)}: {reason}"
-        ) from error
 
 
 def open_study(
@@ -175,7 +134,7 @@ def _check_identity(study: Study, identity: Mapping[str, Any], options: StudyOpt
     for key, wanted in json.loads(json.dumps(identity)).items():
         if (other := (made or {}).get(key)) != wanted:
             raise ValueError(
-                f"the study {options.name} in {_without_password(options.storage)} was made with other "
+                f"the study {options.name} in {without_password(options.storage)} was made with other "
                 f"options: {key} {other!r}, now {wanted!r}; choose another study name or storage"
             )
 
@@ -312,8 +271,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _without_password(storage: str) -> str:
-    scheme, slashes, rest = storage.partition("://")
-    return f"{scheme}{slashes}{rest.rpartition('@')[2]}"

@@ -74,4 +74,5 @@ class DartsStrategy(Strategy):
             LayerPattern.from_assignment([candidates[i] for i in soft.logits.argmax(1).tolist()], name)
             for name, soft in taps.items()
         )
-        return DilationPattern(tuple(found), task.space.kernel, task.space.base_kernel)
+        meta = {"search_steps": self.steps}
+        return DilationPattern(tuple(found), task.space.kernel, task.space.base_kernel, meta)

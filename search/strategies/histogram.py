@@ -120,6 +120,7 @@ class HistogramStrategy(Strategy):
         best = members[0] if self.latency is None else knee(members)
         params = study.trials[best.trial].params
         meta = {
+            "search_steps": self.steps,
             "params": {name: round(value, 4) for name, value in params.items()},
             "validation_loss": round(best.error, 6),
             "trials": studies.finished(study),

@@ -86,4 +86,5 @@ class RFNextStrategy(Strategy):
             ),
             task.space.kernel,
             task.space.base_kernel,
+            {"search_steps": steps, "updates": self.updates},
         )

@@ -4,7 +4,6 @@ looks for the path of least validation loss."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,9 +93,12 @@ class SinglePathStrategy(Strategy):
             LayerPattern.from_assignment([candidates[i] for i in path.choice.tolist()], name)
             for name, path in paths.items()
         )
-        meta = {"validation_loss": round(study.best_value, 6), "trials": finished(study)}
-        pattern = DilationPattern(tuple(found), task.space.kernel, task.space.base_kernel)
-        return replace(pattern, meta=meta)
+        meta = {
+            "search_steps": self.steps,
+            "validation_loss": round(study.best_value, 6),
+            "trials": finished(study),
+        }
+        return DilationPattern(tuple(found), task.space.kernel, task.space.base_kernel, meta)
 
     def _choices(self, trial: Any, name: str, count: int) -> list[int]:
         return [trial.suggest_categorical(f"{name}.{part}", range(count)) for part in range(self.parts)]

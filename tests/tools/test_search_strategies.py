@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 from ic_conv import DilationPattern
 from search.command_line import build_options, parse_args
 from search.latency import Kind, LatencyTable, Row
+from search.storage import open_storage
 from search.strategies import HistogramStrategy, ParetoStrategy
 from search.strategy_arguments import TAKEN
-from search.study import PRUNERS, SAMPLERS, StudyOptions, open_storage
+from search.study import PRUNERS, SAMPLERS, StudyOptions
 
 ROOT = Path(__file__).parents[2]
 NETWORK = """
@@ -57,9 +58,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
     ("arguments", "told"),
     [
         ("histogram --search-steps 4 --n-trials 3 --storage none --pruner none", ["trial 3/3"]),
-        ("darts --search-steps 3", ["search step 3/3"]),
+        ("darts --search-steps 4", ["search step 4/4"]),
         ("rfnext --search-steps 4 --updates 2", ["search step 4/4"]),
-        ("single-path --search-steps 3 --n-trials 2", ["search step 3/3", "trial 2/2"]),
+        ("single-path --search-steps 4 --n-trials 2", ["search step 4/4", "trial 2/2"]),
     ],
 )
 def test_strategies_that_train_show_their_steps_and_find_a_pattern(
@@ -75,6 +76,7 @@ def test_strategies_that_train_show_their_steps_and_find_a_pattern(
     pattern = DilationPattern.load("run/tiny_k5.json")
     assert [(layer.name, layer.units) for layer in pattern.layers] == [("0", 8), ("2", 16)]
     assert pattern.meta["strategy"] == arguments.split()[0] and "plain_sha256" in pattern.meta
+    assert pattern.meta["search_steps"] == 4
 
 
 def strategy(arguments: str) -> Any:
