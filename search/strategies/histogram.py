@@ -125,6 +125,8 @@ class HistogramStrategy(Strategy):
             "validation_loss": round(best.error, 6),
             "trials": studies.finished(study),
         }
+        if self.latency is not None:
+            meta["latency_ms"] = round(best.latency_ms, 4)
         return replace(best.pattern, meta=meta)
 
     def _identity(self, task: SearchTask) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from search.latency import LatencyTable
+from search.latency import Kind, LatencyTable, Row
 from search.space import DilationSpace
 from search.strategies import (
     STRATEGIES,
@@ -68,6 +68,14 @@ def test_a_planted_mix_is_found(dilation: int, least: float, most: float) -> Non
     pattern = HistogramStrategy(steps=8, study=STUDY).search(planted(dilation))
     assert least <= pattern.layers[0].plain_share <= most
     assert pattern.meta["trials"] == 16 and set(pattern.meta["params"]) == {"network.plain", "network.spread"}
+
+
+def test_latency_is_a_second_objective() -> None:
+    kind = Kind(3, 8, 1, 1, 12, 12)
+    rows = (Row(kind, (((1, 1), 8),), 1.0), Row(kind, tuple(((1, 1 + d), 2) for d in range(4)), 9.0))
+    table = LatencyTable("abacus", "small", 1, 1, 12, {"0": kind}, 1.0, rows)
+    pattern = HistogramStrategy(4, replace(STUDY, pruner="none", trials=3), table).search(planted(2))
+    assert pattern.meta["latency_ms"] == pytest.approx(table.predict(pattern), abs=1e-4)
 
 
 def test_channels_are_dealt_by_share_spread_and_error() -> None:
