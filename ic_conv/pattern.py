@@ -98,6 +98,11 @@ class LayerPattern:
         return dict(self.branches)
 
     @property
+    def dilations(self) -> tuple[Dilation, ...]:
+        """Of each unit: the assignment, or branch after branch where there is none."""
+        return self.assignment or tuple(dilation for dilation, count in self.branches for _ in range(count))
+
+    @property
     def units(self) -> int:
         """Output channels, or groups of a grouped layer."""
         return sum(count for _, count in self.branches)

@@ -140,11 +140,10 @@ def fit_layer(layer: nn.Module, pattern: LayerPattern, second: SecondMoments, ri
         ridge: see `SecondMoments.fit`.
     """
     assert isinstance(layer, nn.Conv2d)
-    assignment = pattern.assignment or [d for d, count in pattern.branches for _ in range(count)]
     size = layer.out_channels // pattern.units
     kernels = layer.weight.flatten(2)
     for dilation, _ in pattern.branches:
-        units = torch.tensor([unit for unit, its in enumerate(assignment) if its == dilation])
+        units = torch.tensor([unit for unit, its in enumerate(pattern.dilations) if its == dilation])
         channels = (units[:, None] * size + torch.arange(size)).flatten().to(kernels.device)
         fit = second.fit(dilation, units.to(kernels.device), ridge)
         taps = second.space.taps[second.space.candidates.index(dilation)].to(kernels.device)

@@ -126,9 +126,8 @@ class Involution2d(nn.Module):
                 f"got {layer.units}"
             )
         self.pattern = layer
-        in_branch_order = tuple(dilation for dilation, count in layer.branches for _ in range(count))
         # What forward reads is the tuple: a tensor's values would break torch.compile's graph.
-        self.dilations: tuple[Dilation, ...] = layer.assignment or in_branch_order
+        self.dilations: tuple[Dilation, ...] = layer.dilations
         plain = all(dilation == PLAIN for dilation in self.dilations)
         device = next(self.parameters()).device
         self.group_dilations = None if plain else torch.tensor(self.dilations, device=device)

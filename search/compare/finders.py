@@ -76,7 +76,7 @@ class Towards:
         candidates = np.array(task.space.candidates)
         kept = {}
         for layer in self.pattern.layers:
-            goal = np.array(layer.assignment)
+            goal = np.array(layer.dilations)
             distance = np.abs(goal[:, None] - candidates).sum(2).astype(float)
             kept[str(layer.name)] = best_candidates(distance, count, layer.name)
         return kept

@@ -85,9 +85,10 @@ def test_a_refitted_network_starts_from_the_supernet(tmp_path: Path) -> None:
     assert cost["seconds"] > json.loads((tmp_path / "seed0/supernet.result.json").read_text())["seconds"]
 
 
-def test_narrowing_to_a_pattern_ends_with_it() -> None:
+@pytest.mark.parametrize("strategy", ["random", "hand"])
+def test_narrowing_to_a_pattern_ends_with_it(strategy: str) -> None:
     task = SearchTask.of(convert_to_supernet(slim_resnet(), 9))
-    pattern = STRATEGIES["random"]().search(task)
+    pattern = STRATEGIES[strategy]().search(task)
     before = {name: np.ones((units, 16), dtype=bool) for name, units in task.units.items()}
     for count in (7, 3, 1):
         kept = Towards(pattern).narrowed(task, count)
@@ -95,7 +96,7 @@ def test_narrowing_to_a_pattern_ends_with_it() -> None:
         assert not any((kept[name] & ~before[name]).any() for name in task.units)
         before = kept
     for layer in pattern.layers:
-        places = [task.space.candidates.index(dilation) for dilation in layer.assignment or ()]
+        places = [task.space.candidates.index(dilation) for dilation in layer.dilations]
         assert before[str(layer.name)].argmax(1).tolist() == places
 
 
