@@ -249,6 +249,7 @@ def _pareto(args: argparse.Namespace, name: str, work_dir: Path) -> ParetoStrate
         yardstick=args.criterion or DEFAULT_CRITERION,
         identity={"finetune_steps": args.finetune_steps or 0, "data": Path(args.data).name},
         cache=work_dir / "assigned_layers.sqlite",
+        progress=True,
         **_given(args, "criteria", "latency_image_size"),
     )
     return ParetoStrategy(options)

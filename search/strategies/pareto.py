@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +19,7 @@ from search.assignment import BranchLimits
 from search.criteria import DEFAULT_CRITERION, criterion, needs_correlations, needs_residuals
 from search.latency import LatencyTable
 from search.measure_latency import MeasuredLatency
+from search.progress import bar
 from search.space import DilationSpace
 from search.statistics import collect
 from search.strategies.base import SearchTask, Strategy
@@ -50,7 +50,7 @@ class ParetoOptions:
         score: called with a pattern and a trial's number, gives a validation score to maximise, for example
             after a short training; None: error and latency alone.
         identity: what else must be equal in processes that share a study; plain JSON values.
-        progress: show a progress bar where the output is a terminal.
+        progress: show how many trials are finished.
         cache: an SQLite file in which processes, and later runs, find the layers that were assigned already.
 
     Raises:
@@ -64,7 +64,7 @@ class ParetoOptions:
     yardstick: str = DEFAULT_CRITERION
     score: Score | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
-    progress: bool = True
+    progress: bool = False
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -207,7 +207,9 @@ class ParetoStrategy(Strategy):
         objective = self.objective(task)
         identity = self.identity(task)
         study = studies.open_study(self.study_options, objective.directions, identity, task.seed)
-        with _progress(self.study_options.trials, self.options.progress) as report:
+        with bar(
+            "trial", self.study_options.trials, self.options.progress, studies.finished(study)
+        ) as report:
             studies.work_on(study, objective, self.study_options, identity, report)
         if not study.best_trials:
             raise ValueError(f"no trial succeeded: {studies.failures(study)[0]}")
@@ -277,16 +279,3 @@ def knee(front: Sequence[FrontMember]) -> FrontMember:
     span = np.ptp(values, axis=0)
     scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
     return front[int((scaled**2).sum(axis=1).argmin())]
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal, if there is one; gives the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not shown or not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda finished: bar.update(task, completed=min(finished, total))
