@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 from search.arch import file_stem, known_archs
-from search.criteria import DEFAULT_CRITERION
 from search.data import FolderImages, ScatteredDigits
 from search.engine import TrainOptions
 from search.engine.options import DEFAULT_CONFIG
@@ -213,7 +212,6 @@ def build_options(args: argparse.Namespace) -> SearchOptions:
         kernel=args.kernel,
         base_kernel=args.base_kernel,
         arch=args.arch,
-        criterion=args.criterion or DEFAULT_CRITERION,
         finder=build_strategy(args, name, work_dir),
         finetune_steps=args.finetune_steps or 0,
         data=args.data,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from search.arch import file_stem
-from search.criteria import DEFAULT_CRITERION
 from search.engine import TrainOptions
 from search.refit import INITS, Init
 from search.space import DilationSpace
@@ -25,8 +24,7 @@ class SearchOptions:
         kernel: size of the supernet's kernels.
         base_kernel: size of the kernels that are dilated.
         arch: see `search.arch.build_network`.
-        criterion: a name of `search.criteria.CRITERIA`; what the strategy edo keeps.
-        finder: the strategy; None: edo.
+        finder: the strategy, by default edo.
         finetune_steps: training steps before the validation score of each trial of the strategy pareto (of
             scattered digits, on as many images as the calibration has); 0: no score.
         init: what the network with the pattern starts from: ``scratch`` (no weights are written), ``crop`` or
@@ -50,8 +48,7 @@ class SearchOptions:
     kernel: int = 9
     base_kernel: int = 3
     arch: str = "ic_resnet50"
-    criterion: str = DEFAULT_CRITERION
-    finder: Strategy = field(default=None, repr=False)  # type: ignore[assignment]  # made below
+    finder: Strategy = field(default_factory=EDOStrategy, repr=False)
     finetune_steps: int = 0
     init: Init = "scratch"
     searches: int = 1
@@ -64,8 +61,6 @@ class SearchOptions:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if self.finder is None:
-            object.__setattr__(self, "finder", EDOStrategy(self.criterion))
         if self.finetune_steps and not isinstance(self.finder, ParetoStrategy):
             raise ValueError(f"steps of fine-tuning are for the strategy pareto, got {self.strategy}")
         if self.init not in INITS:

@@ -13,6 +13,7 @@ from search.data import build_loader
 from search.engine.options import resolve_device
 from search.options import SearchOptions
 from search.run import Prepared
+from search.strategies import EDOStrategy
 from search.supernet import super_layers
 
 
@@ -80,9 +81,8 @@ def describe(options: SearchOptions, prepared: Prepared) -> str:
         stride = f", stride {layer.stride[0]}" if layer.stride != (1, 1) else ""
         lines.append(f"  {name:<{width}}  {layer.in_channels:>4} -> {layer.out_channels:<4}{stride}{groups}")
     lines.append(prepared.origin)
-    lines.append(
-        f"strategy: {options.strategy}" + (f", criterion {options.criterion}" * _uses_criterion(options))
-    )
+    ranked = f", criterion {options.finder.criterion}" if isinstance(options.finder, EDOStrategy) else ""
+    lines.append(f"strategy: {options.strategy}{ranked}")
     if options.searches > 1:
         lines.append(
             f"searches: {options.searches}, evenly spread over the training; the last one follows it"
@@ -103,7 +103,3 @@ def describe_cost(options: SearchOptions, cost: Cost) -> str:
         f"{cost.activation_bytes / 2**30:.1f} activations)\n"
         f"time: about {minutes:.1f} minutes here ({cost.step_seconds:.2f} s per step, measured on one)"
     )
-
-
-def _uses_criterion(options: SearchOptions) -> bool:
-    return options.finder.needs_supernet

@@ -54,7 +54,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     people.add_argument(
         "--steps", type=int, default=2000, help="training steps of each network (default 2000)"
     )
-    people.add_argument("--methods", default="plain,gradient grown", help='default "plain,gradient grown"')
+    people.add_argument(
+        "--methods",
+        default="plain,gradient grown quarter",
+        help='default "plain,gradient grown quarter"',
+    )
     people.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     people.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     people.add_argument(

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mmengine.config import Config
@@ -28,11 +29,13 @@ from search.engine import TrainOptions
 from search.options import SearchOptions
 from search.run import prepare as prepare_search
 from search.run import search_pattern
+from search.strategies import EDOStrategy
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/human_pose/res18_drawn_256x256.py"
-SUPERNET, PLAIN, FOUND, GROWN = "supernet", "plain", "edo ", "gradient grown"
+SUPERNET, PLAIN, FOUND = "supernet", "plain", "edo "
+GROWN = MappingProxyType({"gradient grown": 0.5, "gradient grown quarter": 0.25})  # shares of moved channels
 STAGES = 2  # of the ResNet-18: its maps are an eighth of the image
-METHODS = (PLAIN, GROWN, *(FOUND + name for name in CRITERIA))
+METHODS = (PLAIN, *GROWN, *(FOUND + name for name in CRITERIA))
 GROWING_IMAGES = 256  # of the search in a growing network, forward and backward, then for its batch norms
 METRICS = ("AP", "AP .5", "AP .75", "AP (M)")  # COCO's; M: people above 32² pixels of the picture
 
@@ -62,7 +65,7 @@ class PeopleOptions:
     lr: float = 4e-3
     tag_weight: float = 0.01
     train_images: int = 200
-    val_images: int = 100
+    val_images: int = 400
 
     @property
     def supernet_steps(self) -> int:
@@ -99,13 +102,14 @@ def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
     config.train_dataloader.batch_size = options.batch_size
     config.train_dataloader.dataset.pipeline[3].encoder.update(codec)
     config.optim_wrapper.optimizer.lr = options.lr
-    if method == GROWN:
-        config.custom_hooks = [*config.get("custom_hooks", []), _growing(options)]
-    steps = {SUPERNET: options.supernet_steps, GROWN: options.growing_steps}.get(method, options.steps)
+    steps = options.supernet_steps if method == SUPERNET else options.steps
+    if method in GROWN:
+        config.custom_hooks = [*config.get("custom_hooks", []), _growing(options, GROWN[method])]
+        steps = options.growing_steps
     config.train_cfg.update(max_iters=steps, val_begin=steps + 1)  # one test, after it
     warm_up, cosine = config.param_scheduler
     warm_up.end = cosine.begin = max(2, options.steps // 20)
-    cosine.end = steps if method == GROWN else options.steps
+    cosine.end = steps if method in GROWN else options.steps
     config.default_hooks.checkpoint.update(interval=max(1, options.steps // 10), save_best=None)
     config.randomness = {"seed": seed}
     config.log_level = "WARNING"
@@ -114,13 +118,14 @@ def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
     return prepare(config, CONFIG, work_dir=str(folder), resume="auto")
 
 
-def _growing(options: PeopleOptions) -> dict[str, Any]:
+def _growing(options: PeopleOptions, share: float) -> dict[str, Any]:
     return {
         "type": "DilationSearchHook",
         "strategy": "gradient",
         "at": max(1, options.growing_steps // GROW_AFTER),
         "kernel_size": options.kernel,
         "calibration_batches": GROWING_IMAGES // options.batch_size,
+        "options": {"shares": (share,)},
     }
 
 
@@ -142,7 +147,7 @@ def _make(method: str, seed: int, options: PeopleOptions) -> dict[str, float]:
         runner.train()
         scores = runner.val()
     result = {name: round(100 * float(scores[f"coco/{name}"]), 2) for name in METRICS}
-    if method == GROWN:
+    if method in GROWN:
         pattern = DilationPattern.load(folder / "pattern.json")
     shares = [1.0] if pattern is None else [layer.plain_share for layer in pattern.layers]
     return {**result, "plain_share": sum(shares) / len(shares)}
@@ -154,7 +159,7 @@ def _search(method: str, options: PeopleOptions) -> DilationPattern:
     if not path.exists():
         search = SearchOptions(
             TrainOptions(path.parent, device="cpu"),
-            criterion=method.removeprefix(FOUND),
+            finder=EDOStrategy(method.removeprefix(FOUND)),
             task_config=str(supernet.with_suffix(".py")),
             checkpoint=str(supernet / f"iter_{options.supernet_steps}.pth"),
             output=path,

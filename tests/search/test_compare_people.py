@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 
 from ic_conv.openmmlab.pose.drawn_people import write_people
 from ic_conv.pattern import DilationPattern
-from search.compare.people import GROWN, METHODS, SUPERNET, PeopleOptions, run, task_config
+from search.compare.people import METHODS, SUPERNET, PeopleOptions, run, task_config
 from tests.openmmlab.commands import command
 
 SMALL = {
@@ -68,13 +68,16 @@ def test_a_pattern_is_found_and_trained_and_finished_runs_stay(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_growing_network_pays_for_its_search(tmp_path: Path) -> None:
-    options = PeopleOptions(tmp_path, **SMALL | {"steps": 300, "val_images": 1})
-    config = task_config(GROWN, 0, options)
+    options, name = (
+        PeopleOptions(tmp_path, **SMALL | {"steps": 300, "val_images": 1}),
+        "gradient grown quarter",
+    )
+    config = task_config(name, 0, options)
     assert config.train_cfg.max_iters == config.param_scheduler[1].end == 300 - 256
     assert config.custom_hooks[-1]["at"] == 44 // 8
     write_people(tmp_path / "people", {"train": options.train_images, "val": options.val_images})
-    assert run(GROWN, 0, options)["plain_share"] == 0.5
-    meta = DilationPattern.load(tmp_path / "seed0/gradient_grown/pattern.json").meta
+    assert run(name, 0, options)["plain_share"] == 0.75
+    meta = DilationPattern.load(tmp_path / "seed0/gradient_grown_quarter/pattern.json").meta
     assert meta["training"] == {"iterations": 5}
 
 
