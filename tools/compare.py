@@ -59,6 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="plain,gradient grown quarter",
         help='default "plain,gradient grown quarter"',
     )
+    people.add_argument(
+        "--stages", type=int, default=2, choices=(1, 2, 3, 4), help="of the ResNet-18 (default 2)"
+    )
     people.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     people.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     people.add_argument(
@@ -159,7 +162,7 @@ def _people(args: argparse.Namespace) -> str:
     with _progress() as progress:
         bar = progress.add_task("runs", total=None)
         for name, seed, result in compare(
-            PeopleOptions(args.work_dir, args.steps), chosen, args.seeds, args.jobs
+            PeopleOptions(args.work_dir, args.steps, stages=args.stages), chosen, args.seeds, args.jobs
         ):
             results.setdefault(name, {})[seed] = result
             progress.console.print(f"{name}, seed {seed}: AP {result['AP']:.1f}")

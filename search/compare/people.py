@@ -34,7 +34,6 @@ from search.strategies import EDOStrategy
 CONFIG = Path(__file__).resolve().parents[2] / "configs/human_pose/res18_drawn_256x256.py"
 SUPERNET, PLAIN, FOUND = "supernet", "plain", "edo "
 GROWN = MappingProxyType({"gradient grown": 0.5, "gradient grown quarter": 0.25})  # shares of moved channels
-STAGES = 2  # of the ResNet-18: its maps are an eighth of the image
 METHODS = (PLAIN, *GROWN, *(FOUND + name for name in CRITERIA))
 GROWING_IMAGES = 256  # of the search in a growing network, forward and backward, then for its batch norms
 METRICS = ("AP", "AP .5", "AP .75", "AP (M)")  # COCO's; M: people above 32² pixels of the picture
@@ -50,6 +49,7 @@ class PeopleOptions:
         batch_size: images per step.
         image_size: side of the training images in pixels, a multiple of 32.
         base_channels: of the ResNet-18, which has 64.
+        stages: of the ResNet-18, which has 4; the first one's maps are a quarter of the image.
         kernel: size of the supernet's kernels.
         lr: peak learning rate.
         tag_weight: of the tag losses; 0.001 where heatmaps have 160 x 160 pixels, most of them empty.
@@ -61,6 +61,7 @@ class PeopleOptions:
     batch_size: int = 8
     image_size: int = 192
     base_channels: int = 32
+    stages: int = 2
     kernel: int = 9
     lr: float = 4e-3
     tag_weight: float = 0.01
@@ -81,10 +82,10 @@ class PeopleOptions:
 def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
     """The config of one run: ResNet-18 plain, as a supernet, or with the pattern in the work folder."""
     config = load_config(CONFIG)
-    folder, channels = run_folder(method, seed, options), options.base_channels
+    folder, channels, stages = run_folder(method, seed, options), options.base_channels, options.stages
     backbone = config.model.backbone
     # maps of the size that they have in the published training, of images three times as large
-    backbone.update(base_channels=channels, num_stages=STAGES, out_indices=(STAGES - 1,))
+    backbone.update(base_channels=channels, num_stages=stages, out_indices=(stages - 1,))
     if method == SUPERNET:
         backbone.update(type="SuperResNet", kernel_size=options.kernel)
     elif method.startswith(FOUND):
@@ -93,8 +94,11 @@ def task_config(method: str, seed: int, options: PeopleOptions) -> Config:
     codec = {"input_size": size, "heatmap_size": (size[0] // 4, size[1] // 4)}
     config.model.head.decoder.update(codec)
     config.model.head.tag_loss.loss_weight = options.tag_weight
-    channels *= 2 ** (STAGES - 1)
-    config.model.head.update(in_channels=channels, deconv_out_channels=(channels,), deconv_kernel_sizes=(4,))
+    channels *= 2 ** (stages - 1)
+    ups = stages - 1  # heatmaps are a quarter of the image
+    config.model.head.update(
+        in_channels=channels, deconv_out_channels=(channels,) * ups, deconv_kernel_sizes=(4,) * ups
+    )
     loaders = (config.train_dataloader, config.val_dataloader, config.test_dataloader)
     for loader in loaders:
         loader.dataset.data_root = str(options.work_dir / "people")

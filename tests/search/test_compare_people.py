@@ -66,6 +66,13 @@ def test_a_pattern_is_found_and_trained_and_finished_runs_stay(tmp_path: Path) -
         run("edo energy", 0, replace(options, steps=4))
 
 
+@pytest.mark.parametrize(("stages", "channels"), [(1, []), (2, [64]), (3, [128, 128])])
+def test_heatmaps_are_a_quarter_of_the_image(stages: int, channels: list[int], tmp_path: Path) -> None:
+    config = task_config("plain", 0, PeopleOptions(tmp_path, stages=stages))
+    assert list(config.model.head.deconv_out_channels) == channels
+    assert config.model.backbone.out_indices == (stages - 1,)
+
+
 @pytest.mark.slow
 def test_a_growing_network_pays_for_its_search(tmp_path: Path) -> None:
     options, name = (
