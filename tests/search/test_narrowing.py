@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,8 @@ from search.strategies import EDOStrategy
 from search.supernet import open_candidates, super_layers
 from search.tasks import Task, wrap
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = ScatteredDigits(length=40)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make() -> tuple[Task, SearchTask]:
